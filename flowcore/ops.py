@@ -1,0 +1,48 @@
+"""What a host may replace: the layer classes a model is built from, and the work done in each call.
+
+A model takes `Ops` when it is built (a host brings layers that cast or offload their weights) and `Runtime` when
+it is called (a host brings its attention product, and may wrap or replace whole blocks).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from .layers.attention import sdpa
+
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q, k, v, bias) -> result: q `b nh n e`; k, v `b nh m e`; bias broadcastable to `b nh n m`, additive or a
+boolean keep mask; result `b n (nh e)`."""
+
+BlockFn: TypeAlias = Callable[..., Tensor]
+RunBlockFn: TypeAlias = Callable[[str, int, BlockFn, Tensor], Tensor]
+"""(kind, index, block, x) -> x: `block(x)` computes one block; index counts the blocks of a kind from 0."""
+
+
+def run_plain(kind: str, index: int, block: BlockFn, x: Tensor) -> Tensor:  # noqa: ARG001 - the hook's signature
+    """Return block(x): the default of `Runtime.run_block`."""
+    return block(x)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """Constructors of the layers that own weights. Each takes `device=` and `dtype=` like the torch class."""
+
+    linear: Callable[..., nn.Linear] = nn.Linear
+    conv2d: Callable[..., nn.Conv2d] = nn.Conv2d
+    layer_norm: Callable[..., nn.LayerNorm] = nn.LayerNorm
+    embedding: Callable[..., nn.Embedding] = nn.Embedding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What a host may replace in one call of a model's forward."""
+
+    attention: AttentionFn = sdpa
+    run_block: RunBlockFn = run_plain
+
+
+TORCH_OPS = Ops()
+DEFAULT_RUNTIME = Runtime()
