@@ -1,0 +1,193 @@
+"""The training loop: the same for every objective."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.config import LoopConfig
+from training.ema import Ema
+from training.files import RunError
+from training.keys import key
+from training.log import MetricLog, plot_loss, write_status
+from training.optim import OptimizerSet, lr_multiplier
+from training.state import Checkpoint, save_checkpoint
+from training.stop import StopFlag
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Objective(Protocol):
+    """What a run minimises."""
+
+    module: nn.Module
+
+    def loss(self, step: int, part: slice) -> Tensor:
+        """Mean loss over samples `part` of the global batch of `step` (from 0); float32, 0-d."""
+
+    def preview(self, folder: Path, step: int, stop: StopFlag) -> dict[str, float]:
+        """Writes samples made with the present weights; returns named measurements."""
+
+
+class Run:
+    """Weights, optimizer and average of one run, and the step they stand at."""
+
+    def __init__(self, config: LoopConfig, objective: Objective, device: torch.device) -> None:
+        """Builds the optimizer and the average for the objective's module."""
+        self.config, self.objective, self.device = config, objective, device
+        self.module = objective.module
+        self.optimizers = OptimizerSet(self.module, config.optimizer)
+        self.ema = Ema(self.module, config.ema.decay, warmup=config.ema.warmup) if config.ema.decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.step = 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint."""
+        self.module.load_state_dict(checkpoint.tensors("weights"))
+        self.optimizers.load_state_tensors(checkpoint.tensors("optimizer"))
+        if self.ema:
+            self.ema.load(checkpoint.tensors("ema"), checkpoint.facts["ema_updates"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({k: v.item() for k, v in checkpoint.tensors("scaler").items()})
+        self.step = checkpoint.step
+
+    def save(self, folder: Path) -> None:
+        """Writes `folder/checkpoints/step-NNNNNNNN` for the present step."""
+        parts = {"weights": self.module.state_dict(), "optimizer": self.optimizers.state_tensors()}
+        if self.ema:
+            parts["ema"] = self.ema.average
+        if self.scaler.is_enabled():
+            parts["scaler"] = {k: torch.tensor(v) for k, v in self.scaler.state_dict().items()}
+        facts = {"ema_updates": self.ema.updates if self.ema else 0}
+        save_checkpoint(folder / "checkpoints", self.step, parts, facts, self.config.checkpoint.keep)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The module with its averaged weights (if it has any), in evaluation mode."""
+        if self.ema:
+            self.ema.swap()
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train()
+            if self.ema:
+                self.ema.swap()
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step over the global batch.
+
+        Raises: RunError if the loss or the gradient is not finite; weights are then those of the step before.
+        """
+        started = time.perf_counter()
+        torch.manual_seed(key(self.config.seed, "model", self.step))
+        loss = self._backward()
+        if not math.isfinite(loss):
+            raise RunError(f"step {self.step + 1}: loss must be finite, got {loss}; lower optimizer.lr")
+        for optimizer in self.optimizers.optimizers:
+            self.scaler.unscale_(optimizer)
+        clip = self.config.train.grad_clip or math.inf
+        grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), clip))
+        if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
+            raise RunError(f"step {self.step + 1}: gradient must be finite, got norm {grad_norm}; lower optimizer.lr")
+        multiplier = self.multiplier(self.step)
+        self.optimizers.step(multiplier, self.scaler)
+        if self.ema:
+            self.ema.update()
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": self.config.optimizer.lr * multiplier,
+            "grad_norm": grad_norm,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def multiplier(self, step: int) -> float:
+        """Learning-rate factor of a step."""
+        schedule = self.config.schedule
+        return lr_multiplier(
+            schedule.name,
+            step,
+            steps=schedule.steps or self.config.train.steps,
+            warmup_steps=schedule.warmup_steps,
+            minimum=schedule.minimum,
+        )
+
+    def _backward(self) -> float:
+        """Gradients of the global batch, micro-batch by micro-batch; returns the mean loss."""
+        batch = self.config.train.batch_size
+        micro = self.config.train.micro_batch_size or batch
+        total = torch.zeros((), device=self.device)
+        for first in range(0, batch, micro):
+            part = slice(first, min(first + micro, batch))
+            with self.autocast():
+                loss = self.objective.loss(self.step, part) * ((part.stop - part.start) / batch)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return float(total)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Mixed precision of the run; parameters stay float32."""
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.config.precision])
+
+
+def train(run: Run, folder: Path, stop: StopFlag) -> bool:
+    """Trains from the run's present step to the last; False if a stop came first.
+
+    Saves at the interval, at the end and at a stop, so that the same command continues exactly.
+    """
+    config = run.config
+    with MetricLog(folder, run.step + 1, tensorboard=config.logging.tensorboard) as log:
+        write_status(folder, "running", run.step)
+        bar = tqdm(total=config.train.steps, initial=run.step, desc=config.output.name, unit="step", file=sys.stderr)
+        with bar:
+            saved = run.step
+            while run.step < config.train.steps:
+                if stop:
+                    break
+                row = run.advance()
+                bar.update()
+                _report(run, row, log, bar)
+                if _due(run.step, config.checkpoint.every_steps, config.train.steps):
+                    run.save(folder)
+                    saved = run.step
+                    write_status(folder, "running", run.step)
+                if config.sampling.every_steps and _due(run.step, config.sampling.every_steps, config.train.steps):
+                    _preview(run, folder, log, stop)
+            if saved != run.step:
+                run.save(folder)
+    done = run.step >= config.train.steps
+    write_status(folder, "done" if done else "stopped", run.step)
+    if config.logging.plots and (folder / "metrics.csv").exists() and run.step:
+        plot_loss([folder], folder / "plots" / "loss.png")
+    return done
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _report(run: Run, row: dict[str, float], log: MetricLog, bar: tqdm[None]) -> None:
+    if run.step % run.config.logging.every_steps == 0 or run.step == run.config.train.steps:
+        log.write(row)
+        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+
+
+def _preview(run: Run, folder: Path, log: MetricLog, stop: StopFlag) -> None:
+    samples = folder / "samples"
+    samples.mkdir(exist_ok=True)
+    with run.averaged(), torch.no_grad():
+        values = run.objective.preview(samples, run.step, stop)
+    log.scalars(values, run.step)

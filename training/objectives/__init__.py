@@ -1,0 +1,1 @@
+"""What a run minimises: one file per objective, each a loss over a keyed batch."""

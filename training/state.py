@@ -1,0 +1,127 @@
+"""Checkpoints that are complete or absent, and exact resume from the newest sound one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowcore.errors import CheckpointError
+from training.files import remove_leftovers, sha256, sync, write_failure
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A sound checkpoint on disk."""
+
+    path: Path
+    step: int
+    facts: Mapping[str, int]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of one part, for example `weights`."""
+        return load_file(self.path / f"{name}.safetensors")
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a part."""
+        return (self.path / f"{name}.safetensors").exists()
+
+
+def save_checkpoint(
+    folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, int], keep: int
+) -> Path:
+    """Writes `folder/step-NNNNNNNN` with one safetensors file a part, then drops all but the `keep` newest.
+
+    Raises: RunError if the disk is full or a write fails; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{step:08d}"
+    aside = folder / f".tmp-{step}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(aside, step, parts, facts)
+        if target.exists():
+            _remove(target)
+        aside.replace(target)
+        sync(folder)
+    except OSError as err:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise write_failure(err, target) from err
+    for old in _folders(folder)[keep:]:
+        _remove(old)
+    return target
+
+
+def newest_checkpoint(folder: Path, warnings: list[str]) -> Checkpoint | None:
+    """Newest checkpoint whose every file matches its checksum; each damaged one adds a line to `warnings`.
+
+    Raises: CheckpointError if there are checkpoints but none is sound.
+    """
+    if not folder.is_dir():
+        return None
+    remove_leftovers(folder)
+    folders = _folders(folder)
+    for path in folders:
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as err:
+            warnings.append(f"warning: {err}; trying an older one")
+    if folders:
+        raise CheckpointError(f"{folder}: every checkpoint is damaged; remove the folder to start over")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Checks a checkpoint's files against its manifest.
+
+    Raises: CheckpointError that names the damaged file.
+    """
+    try:
+        body, _, checksum = (path / _MANIFEST).read_text(encoding="utf-8").rpartition("\n")
+        if hashlib.sha256(body.encode()).hexdigest() != checksum:
+            raise CheckpointError(f"{path}: {_MANIFEST} does not match its checksum")
+        manifest = json.loads(body)
+        for name, expected in manifest["files"].items():
+            if sha256(path / name) != expected:
+                raise CheckpointError(f"{path}: {name} does not match its checksum")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as err:
+        raise CheckpointError(f"{path}: checkpoint is incomplete ({err})") from err
+    return Checkpoint(path, manifest["step"], manifest["facts"])
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _write(
+    aside: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, int]
+) -> None:
+    aside.mkdir()
+    files = {}
+    for name, tensors in parts.items():
+        path = aside / f"{name}.safetensors"
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+        sync(path)
+        files[path.name] = sha256(path)
+    body = json.dumps({"step": step, "facts": dict(facts), "files": files})
+    with (aside / _MANIFEST).open("w", encoding="utf-8", newline="") as file:
+        file.write(body + "\n" + hashlib.sha256(body.encode()).hexdigest())
+        file.flush()
+        os.fsync(file.fileno())
+    sync(aside)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint so that a kill in between leaves no half folder under its name."""
+    aside = path.with_name(f".tmp-old-{path.name}")
+    path.replace(aside)
+    shutil.rmtree(aside)
