@@ -1,0 +1,1 @@
+"""FlowCore: rectified-flow diffusion transformers for plain Python, training, and ComfyUI."""

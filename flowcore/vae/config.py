@@ -1,0 +1,92 @@
+"""Settings of diffusers' AutoencoderKL: read from a file's metadata, or inferred from its tensors."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+
+FIELDS = frozenset(
+    {
+        "in_channels",
+        "out_channels",
+        "down_block_types",
+        "up_block_types",
+        "block_out_channels",
+        "layers_per_block",
+        "act_fn",
+        "latent_channels",
+        "norm_num_groups",
+        "sample_size",
+        "scaling_factor",
+        "shift_factor",
+        "latents_mean",
+        "latents_std",
+        "force_upcast",
+        "use_quant_conv",
+        "use_post_quant_conv",
+        "mid_block_add_attention",
+    }
+)
+
+
+def checked_config(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Return the settings without the library's own notes (keys that start with `_`).
+
+    Raises: ConfigError if the class is another one, or a key is unknown.
+    """
+    name = values.get("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise ConfigError(f"the class of {source} must be AutoencoderKL, got {name}; pass another VAE")
+    config = {key: value for key, value in values.items() if not key.startswith("_")}
+    unknown = sorted(set(config) - FIELDS)
+    if unknown:
+        raise ConfigError(
+            f"keys of the VAE config in {source} must be AutoencoderKL settings, got {unknown[:5]}"
+        )
+    return config
+
+
+def infer_config(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Any]:
+    """Return the settings that follow from the tensors (diffusers key names); group norms have 32 groups.
+
+    Raises: CheckpointError if the tensors are not those of a KL autoencoder with settings that can be inferred.
+    """
+    if "bn.running_mean" in tensors:
+        raise CheckpointError(
+            f"{source} must be a KL autoencoder for images without latent batch norm, got a FLUX.2 autoencoder; "
+            "pass an SD, SDXL or FLUX.1 VAE"
+        )
+    try:
+        levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+        channels = tuple(
+            tensors[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(levels)
+        )
+        config = {
+            "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+            "out_channels": tensors["decoder.conv_out.weight"].shape[0],
+            "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+            "block_out_channels": channels,
+            "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "norm_num_groups": 32,
+            "use_quant_conv": "quant_conv.weight" in tensors,
+            "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+            "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in tensors,
+        }
+    except KeyError as err:
+        raise CheckpointError(f"{source} must hold a whole KL autoencoder, got no {err.args[0]}") from err
+    if any(width % 32 for width in channels):
+        raise CheckpointError(
+            f"widths of the VAE in {source} must be multiples of 32 when it has no config, got {channels}; "
+            "write the config into the metadata `flowcore.config`"
+        )
+    return config
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """Return one more than the largest number that the pattern finds in the names."""
+    return 1 + max((int(m[1]) for m in map(re.compile(pattern).match, tensors) if m), default=-1)

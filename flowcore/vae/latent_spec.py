@@ -1,0 +1,106 @@
+"""The latent spaces: the only place for latent constants.
+
+Raw latents are what an autoencoder's encoder puts out; model-space latents are what the diffusion models see.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """One latent space: model space = (raw - mean) / std per channel; a latent cell covers downscale^2 pixels."""
+
+    name: str
+    channels: int
+    downscale: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check that every channel has its statistics."""
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ConfigError(
+                f"latent mean and std of {self.name} must have {self.channels} values, "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        if min(self.std) <= 0:
+            raise ConfigError(f"latent std of {self.name} must be positive, got {min(self.std)}")
+
+    def to_model(self, raw: Tensor) -> Tensor:
+        """Return model-space latents `b c h w` of raw latents `b c h w`, in the input's dtype."""
+        mean, std = self._statistics(raw)
+        return (raw - mean) / std
+
+    def from_model(self, latents: Tensor) -> Tensor:
+        """Return raw latents `b c h w` of model-space latents `b c h w`, in the input's dtype."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std as `1 c 1 1` on the device and in the dtype of the latents."""
+        if like.ndim != 4 or like.shape[1] != self.channels:
+            raise ShapeError(f"{self.name} latents must be `b {self.channels} h w`, got {tuple(like.shape)}")
+        mean, std = (
+            torch.tensor(values, device=like.device, dtype=torch.float32).to(like.dtype).view(1, -1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return mean, std
+
+
+def scaled_spec(
+    name: str, *, channels: int, scale: float, shift: float = 0.0, downscale: int = 8
+) -> LatentSpec:
+    """Return the spec of a space given as scale * (raw - shift), one scale and shift for all channels."""
+    return LatentSpec(
+        name=name,
+        channels=channels,
+        downscale=downscale,
+        mean=(shift,) * channels,
+        std=(1.0 / scale,) * channels,
+    )
+
+
+# Source: the published autoencoder configs; eq-sdxl is KBlueLeaf's EQ-SDXL-VAE (latents_mean, latents_std).
+LATENT_SPECS: dict[str, LatentSpec] = {
+    spec.name: spec
+    for spec in (
+        scaled_spec("sd15", channels=4, scale=0.18215),
+        scaled_spec("sdxl", channels=4, scale=0.13025),
+        LatentSpec(
+            name="eq-sdxl",
+            channels=4,
+            downscale=8,
+            mean=(-3.865960634760459, -1.3353925720045965, 0.8353661802812418, 0.909888159310023),
+            std=(10.036514488374861, 6.848430044716239, 7.213817552213277, 5.591315799887989),
+        ),
+        scaled_spec("sd3", channels=16, scale=1.5305, shift=0.0609),
+        scaled_spec("flux1", channels=16, scale=0.3611, shift=0.1159),
+    )
+}
+
+
+def spec_from_statistics(
+    mean: Sequence[float], std: Sequence[float], *, name: str = "custom", downscale: int = 8
+) -> LatentSpec:
+    """Return the spec of per-channel statistics read from a file.
+
+    When they agree with a known space to float16 precision (files round them), the known space is returned with
+    its exact constants.
+    """
+    for spec in LATENT_SPECS.values():
+        if spec.downscale == downscale and _is_close(spec.mean, mean) and _is_close(spec.std, std):
+            return spec
+    return LatentSpec(name=name, channels=len(mean), downscale=downscale, mean=tuple(mean), std=tuple(std))
+
+
+def _is_close(exact: Sequence[float], stored: Sequence[float]) -> bool:
+    """Say whether the stored values are the exact ones to one unit of float16 (2^-10 relative)."""
+    return len(exact) == len(stored) and all(
+        abs(a - b) <= 2.0**-10 * max(abs(a), 2.0**-14) for a, b in zip(exact, stored, strict=True)
+    )

@@ -1,0 +1,31 @@
+"""Write a safetensors file so that readers see the old file or the new one, never a part of it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and string metadata to `path`, making its folder; an earlier file is replaced in one step.
+
+    Raises: CheckpointError if the file cannot be written; an earlier file then stays as it was.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(separate, partial, metadata=dict(metadata))
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except (OSError, SafetensorError) as err:
+        raise CheckpointError(f"{target} must be writable, got {err}; choose another path") from err
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,55 @@
+"""Put weights into a module built on the meta device, with every key and shape checked first."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+
+def assign_strict(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, what: str) -> None:
+    """Make the tensors the module's weights (no copy), in their own dtypes.
+
+    Args:
+        module: usually built on the meta device.
+        tensors: one for every key of the module's state dict and no other.
+        source: the file, for messages.
+        what: the kind of model, for messages.
+    Raises: CheckpointError with counts and the first five missing, unexpected and misshapen keys, on one line.
+    """
+    check_strict(
+        {name: tuple(t.shape) for name, t in module.state_dict().items()}, tensors, source=source, what=what
+    )
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def check_strict(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], *, source: str, what: str
+) -> None:
+    """Compare the tensors with the expected keys and shapes.
+
+    Raises: CheckpointError as `assign_strict` does.
+    """
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults = [
+        _listing(label, names)
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{source} must hold exactly the {len(expected)} tensors of a {what}, got {'; '.join(faults)}; "
+            "use a complete file of that model"
+        )
+
+
+def _listing(label: str, names: Sequence[str]) -> str:
+    """Return the count and the first five names."""
+    more = ", ..." if len(names) > 5 else ""
+    return f"{len(names)} {label} ({', '.join(names[:5])}{more})"
