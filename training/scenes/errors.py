@@ -1,0 +1,5 @@
+"""The error that every unusable argument, file or caption of the scenes ends in."""
+
+
+class SceneError(ValueError):
+    """A user error about scenes; the message is one line that names the value and the remedy."""

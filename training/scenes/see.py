@@ -1,0 +1,235 @@
+"""Finds the background and the flat parts of a picture, with colour, shape, size and place of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .draw import MIN_SIZE, extent, signed_distance, unit_area
+from .errors import SceneError
+from .scene import PALETTE, RADII, SHAPES
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+_FRAME = 3  # lengths in pixels of a 128 pixel picture
+_ERODE = 2
+_LEAST_AREA = 60
+_SPECK_AREA = 4
+_DIFFERENT = 45.0  # RGB distances
+_PALETTE_REACH = 55.0
+_UNIFORM_SHARE = 0.8
+_GRID = 32
+_LEAST_OVERLAP = 0.8
+_MOST_STRETCH = 1.25
+_PLACE_EDGE = 11 / 128
+_RADIUS_RANGE = (0.75 * RADII["small"], 1.3 * RADII["large"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One connected part; lengths are fractions of the picture's shorter side, center of width and height.
+
+    Attributes:
+        rgb: Median colour of its inside.
+        color, shape, size: Names, None where none fits.
+        position: Name of the place of its bounding box's middle.
+        overlap: Soft intersection over union with the best template.
+    """
+
+    rgb: tuple[float, float, float]
+    color: str | None
+    shape: str | None
+    size: str | None
+    position: str
+    center: tuple[float, float]
+    half_extent: tuple[float, float]
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What a picture shows; not clean if specks too small for a part add up to one."""
+
+    background: str | None
+    parts: tuple[Part, ...]
+    is_clean: bool
+
+
+def see(image: NDArray[np.uint8] | Image.Image) -> Sight:
+    """What the picture shows, largest part first.
+
+    Raises:
+        SceneError: If the image is not RGB uint8 `h w 3` of at least 32 x 32 pixels.
+    """
+    pixels = _pixels(image)
+    side = min(pixels.shape[:2])
+    scale = side / 128
+    ground, is_even = _background(pixels, max(1, round(_FRAME * scale)))
+    labels, areas = label_parts(np.linalg.norm(pixels - ground, axis=2) > _DIFFERENT)
+    least = _LEAST_AREA * scale**2
+    order = [index for index in np.argsort(-areas, kind="stable") if areas[index] >= least]
+    specks = areas[(areas < least) & (areas >= _SPECK_AREA * scale**2)].sum()
+    parts = tuple(_part(pixels, ground, labels, int(index) + 1, side) for index in order)
+    return Sight(
+        background=_color_name(ground) if is_even else None,
+        parts=parts,
+        is_clean=bool(specks < least),
+    )
+
+
+def label_parts(mask: Bools) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Labels of the parts connected by edges, from 1 on with 0 outside, and the area of each in pixels."""
+    height, width = mask.shape
+    edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    rows, starts = np.nonzero(edges == 1)
+    stops = np.nonzero(edges == -1)[1]
+    roots = _join_runs(rows.tolist(), starts.tolist(), stops.tolist())
+    names, numbers = np.unique(np.array(roots, dtype=np.int64), return_inverse=True)
+    flat = np.zeros(height * width + 1, dtype=np.int32)
+    np.add.at(flat, rows * width + starts, numbers + 1)
+    np.subtract.at(flat, rows * width + stops, numbers + 1)
+    labels = np.cumsum(flat[:-1], dtype=np.int32).reshape(height, width)
+    return labels, np.bincount(numbers, weights=stops - starts, minlength=len(names)).astype(np.int64)
+
+
+def _join_runs(rows: list[int], starts: list[int], stops: list[int]) -> list[int]:
+    """Root of each run of set pixels, runs that touch in neighbouring rows joined (union-find)."""
+    parents = list(range(len(rows)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    above = 0
+    for run, row in enumerate(rows):
+        while rows[above] < row - 1 or (rows[above] == row - 1 and stops[above] <= starts[run]):
+            above += 1
+        other = above
+        while rows[other] == row - 1 and starts[other] < stops[run]:
+            parents[root(other)] = root(run)
+            other += 1
+    return [root(index) for index in range(len(rows))]
+
+
+def _pixels(image: NDArray[np.uint8] | Image.Image) -> Floats:
+    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise SceneError(f"image must be uint8 of shape h w 3, got {array.dtype} of shape {array.shape}")
+    if min(array.shape[:2]) < MIN_SIZE:
+        raise SceneError(f"image must be at least {MIN_SIZE} pixels high and wide, got {array.shape[:2]}")
+    return array.astype(np.float32)
+
+
+def _background(pixels: Floats, frame: int) -> tuple[Floats, bool]:
+    """Median colour of the frame, and whether the frame is flat enough to be called one colour."""
+    inner = pixels[frame:-frame]
+    sides = [pixels[:frame], pixels[-frame:], inner[:, :frame], inner[:, -frame:]]
+    border = np.concatenate([side.reshape(-1, 3) for side in sides])
+    ground = np.median(border, axis=0).astype(np.float32)
+    share = np.mean(np.linalg.norm(border - ground, axis=1) <= _DIFFERENT)
+    return ground, bool(share >= _UNIFORM_SHARE)
+
+
+def _color_name(rgb: Floats) -> str | None:
+    distances = {name: float(np.linalg.norm(rgb - np.array(color))) for name, color in PALETTE.items()}
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] <= _PALETTE_REACH else None
+
+
+def _erode(mask: Bools, steps: int) -> Bools:
+    for _ in range(steps):
+        wide = np.pad(mask, 1)
+        mask = mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return mask
+
+
+def _part(pixels: Floats, ground: Floats, labels: NDArray[np.int32], label: int, side: int) -> Part:
+    """Read one part from its crop, which reaches two pixels beyond it for the soft edge."""
+    height, width = labels.shape
+    rows, columns = np.nonzero(labels == label)
+    top, left = max(0, rows.min() - 2), max(0, columns.min() - 2)
+    window = (slice(top, rows.max() + 3), slice(left, columns.max() + 3))
+    crop, mask = pixels[window], labels[window] == label
+    is_other = (labels[window] != label) & (labels[window] != 0)
+    inside = crop[_core(mask, side)]
+    rgb = np.median(inside, axis=0)
+    is_uniform = np.mean(np.linalg.norm(inside - rgb, axis=1) <= _DIFFERENT) >= _UNIFORM_SHARE
+    direction = (rgb - ground) / max(float(np.sum((rgb - ground) ** 2)), 1.0)
+    coverage = np.where(is_other, 0, np.clip((crop - ground) @ direction, 0, 1)).astype(np.float32)
+    x0, x1, y0, y1 = _box(coverage, mask)
+    shape, overlap = _shape(coverage, (x0, x1, y0, y1))
+    center = ((left + (x0 + x1) / 2) / width, (top + (y0 + y1) / 2) / height)
+    half_extent = ((x1 - x0) / 2 / side, (y1 - y0) / 2 / side)
+    radius = np.sqrt(coverage.sum() / unit_area(shape)) / side if shape else max(half_extent)
+    return Part(
+        rgb=(float(rgb[0]), float(rgb[1]), float(rgb[2])),
+        color=_color_name(rgb) if is_uniform else None,
+        shape=shape,
+        size=_size(float(radius)),
+        position=_position(*center),
+        center=center,
+        half_extent=half_extent,
+        overlap=overlap,
+    )
+
+
+def _core(mask: Bools, side: int) -> Bools:
+    """The mask without its edge, or the mask itself where nothing would be left."""
+    core = _erode(mask, max(1, round(_ERODE * side / 128)))
+    return core if core.sum() * 8 >= mask.sum() else mask
+
+
+def _box(coverage: Floats, mask: Bools) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of what is at least half covered."""
+    solid = (coverage >= 0.5) & mask
+    if not solid.any():
+        solid = mask
+    rows, columns = np.nonzero(solid.any(axis=1))[0], np.nonzero(solid.any(axis=0))[0]
+    return float(columns[0]), float(columns[-1] + 1), float(rows[0]), float(rows[-1] + 1)
+
+
+def _shape(coverage: Floats, box: tuple[float, float, float, float]) -> tuple[str | None, float]:
+    """Best template by soft intersection over union, None if it overlaps too little or is stretched."""
+    x0, x1, y0, y1 = box
+    scaled = Image.fromarray(coverage).resize((_GRID, _GRID), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+    found = np.asarray(scaled)
+    templates = _templates()
+    overlaps = np.minimum(templates, found).sum(axis=(1, 2)) / np.maximum(templates, found).sum(axis=(1, 2))
+    best = int(np.argmax(overlaps))
+    half_width, half_height = extent(SHAPES[best])
+    stretch = ((x1 - x0) / (y1 - y0)) / (half_width / half_height)
+    is_fit = overlaps[best] >= _LEAST_OVERLAP and 1 / _MOST_STRETCH <= stretch <= _MOST_STRETCH
+    return (SHAPES[best] if is_fit else None), float(overlaps[best])
+
+
+@lru_cache(maxsize=1)
+def _templates() -> Floats:
+    """Coverage of each shape, its bounding box filling the grid: `shapes 32 32`."""
+    fine = 8
+    axis = (np.arange(_GRID * fine) + 0.5) / (_GRID * fine) * 2 - 1
+    grids = []
+    for shape in SHAPES:
+        half_width, half_height = extent(shape)
+        inside = signed_distance(shape, *np.meshgrid(axis * half_width, axis * half_height)) < 0
+        grids.append(inside.reshape(_GRID, fine, _GRID, fine).mean(axis=(1, 3)))
+    return np.stack(grids).astype(np.float32)
+
+
+def _size(radius: float) -> str | None:
+    """Name of the size whose radius is nearest in ratio."""
+    if not _RADIUS_RANGE[0] <= radius <= _RADIUS_RANGE[1]:
+        return None
+    return min(RADII, key=lambda name: abs(np.log(radius / RADII[name])))
+
+
+def _position(x: float, y: float) -> str:
+    vertical = "top" if y < 0.5 - _PLACE_EDGE else "bottom" if y > 0.5 + _PLACE_EDGE else ""
+    horizontal = "left" if x < 0.5 - _PLACE_EDGE else "right" if x > 0.5 + _PLACE_EDGE else ""
+    return f"{vertical} {horizontal}".strip() or "center"
