@@ -45,7 +45,7 @@ def tokenizer_from_json(text: str, *, source: str) -> PreTrainedTokenizerFast:
     """
     try:
         backend = Tokenizer.from_str(text)
-    except Exception as err:  # noqa: BLE001 - the library raises bare Exception
+    except Exception as err:  # the library raises bare Exception
         raise CheckpointError(f"the tokenizer of {source} must be a tokenizer.json, got {err}") from err
     absent = [token for token in SPECIAL_TOKENS.values() if backend.token_to_id(token) is None]
     if absent:
@@ -132,6 +132,6 @@ def _bare_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if f"{prefix}embed_tokens.weight" in used:
             return {name.removeprefix(prefix): tensor for name, tensor in used.items()}
     raise CheckpointError(
-        f"{source} must hold a Gemma-3 text model (embed_tokens.weight), got {len(tensors)} tensors without it "
-        f"({', '.join(sorted(tensors)[:5])}); pass a text encoder"
+        f"{source} must hold a Gemma-3 text model (embed_tokens.weight), got {len(tensors)} tensors "
+        f"without it ({', '.join(sorted(tensors)[:5])}); pass a text encoder"
     )

@@ -27,8 +27,8 @@ WHAT = "Gemma3TextModel"
 class Gemma3TextEncoder:
     """A Gemma-3 text model with its tokenizer. Its weights are frozen.
 
-    A prompt's result does not depend on the other prompts of the call: padding comes after the text, is masked in
-    the attention, and every state is read at its own row and position.
+    A prompt's result does not depend on the other prompts of the call: padding follows the text, is masked
+    in the attention, and every state is read at its own row and position.
     """
 
     def __init__(self, model: Gemma3TextModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -157,9 +157,9 @@ def load_text_encoder(
     Nothing is looked up on the network.
 
     Args:
-        path_or_name: a folder with config.json, tokenizer.json and model.safetensors (or its parts), or a file
-            with the settings in its metadata `flowcore.config` and the tokenizer in the tensor `tokenizer_json`;
-            either may instead lie beside the file as config.json, tokenizer.json.
+        path_or_name: a folder with config.json, tokenizer.json and model.safetensors (or its parts), or a
+            file with the settings in its metadata `flowcore.config` and the tokenizer in the tensor
+            `tokenizer_json`; either may instead lie beside the file as config.json, tokenizer.json.
         device: where the weights go.
         dtype: of weights and computation; None keeps the file's.
     Raises: CheckpointError or ConfigError, naming the file.

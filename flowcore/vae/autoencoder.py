@@ -27,8 +27,8 @@ FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 class Autoencoder:
     """An AutoencoderKL together with its latent space.
 
-    The network computes in its own dtype; what goes in is cast to it, what comes out is float32. Its weights are
-    frozen: they take no gradient, inputs do.
+    The network computes in its own dtype; what goes in is cast to it, what comes out is float32. Its weights
+    are frozen: they take no gradient, inputs do.
     """
 
     def __init__(self, module: AutoencoderKL, spec: LatentSpec) -> None:
@@ -37,8 +37,8 @@ class Autoencoder:
         downscale = _downscale(module.config)
         if (channels, downscale) != (spec.channels, spec.downscale):
             raise ConfigError(
-                f"the latent space {spec.name} ({spec.channels} channels, 1/{spec.downscale}) must fit its autoencoder, "
-                f"got {channels} channels, 1/{downscale}"
+                f"the latent space {spec.name} ({spec.channels} channels, 1/{spec.downscale}) must fit its "
+                f"autoencoder, got {channels} channels, 1/{downscale}"
             )
         self.module = module.eval().requires_grad_(False)
         self.spec = spec
@@ -69,7 +69,8 @@ class Autoencoder:
         side = self.spec.downscale
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
             raise ShapeError(
-                f"images must be `b 3 height width` with sides that are multiples of {side}, got {tuple(images.shape)}"
+                f"images must be `b 3 height width` with sides that are multiples of {side}, "
+                f"got {tuple(images.shape)}"
             )
         posterior = self.module.encode(images.to(self.device, self.dtype)).latent_dist
         raw = posterior.mode() if generator is None else posterior.sample(generator)
@@ -113,10 +114,10 @@ def load_vae(
     """Return the autoencoder of a safetensors file, a diffusers folder, or a bundled name.
 
     Args:
-        path_or_name: keys as diffusers, BFL or the original `ldm` code name them, also inside a whole checkpoint
-            under `vae.` or `first_stage_model.`.
-        spec: the latent space, used when the file does not state its own (SD1.5 and SDXL files do not, and look
-            alike).
+        path_or_name: keys as diffusers, BFL or the original `ldm` code name them, also inside a whole
+            checkpoint under `vae.` or `first_stage_model.`.
+        spec: the latent space, used when the file does not state its own (SD1.5 and SDXL files do not, and
+            look alike).
         device: where the weights go.
         dtype: of weights and computation; None keeps the file's.
     Raises: CheckpointError or ConfigError, naming the file.
@@ -139,7 +140,7 @@ def load_vae(
 def save_autoencoder(
     path: str | Path, module: AutoencoderKL, spec: LatentSpec, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write network, settings and latent space to one safetensors file, replacing an earlier one in one step."""
+    """Write network, settings and latent space to one safetensors file, replacing an earlier one."""
     config = {key: value for key, value in module.config.items() if not key.startswith("_")}
     own = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -155,7 +156,7 @@ def save_autoencoder(
 def _move(
     module: AutoencoderKL, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> AutoencoderKL:
-    """Move the weights in place, as torch does: the class's own `to` logs a warning for every change of dtype."""
+    """Move the weights in place, as torch does (the class's own `to` logs a warning at each)."""
     torch.nn.Module.to(module, device=device, dtype=dtype)
     return module
 

@@ -52,11 +52,11 @@ def checked_config(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
 def infer_config(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Any]:
     """Return the settings that follow from the tensors (diffusers key names); group norms have 32 groups.
 
-    Raises: CheckpointError if the tensors are not those of a KL autoencoder with settings that can be inferred.
+    Raises: CheckpointError if the tensors are not a KL autoencoder's, or leave its settings open.
     """
     if "bn.running_mean" in tensors:
         raise CheckpointError(
-            f"{source} must be a KL autoencoder for images without latent batch norm, got a FLUX.2 autoencoder; "
+            f"{source} must be a KL autoencoder without latent batch norm, got a FLUX.2 autoencoder; "
             "pass an SD, SDXL or FLUX.1 VAE"
         )
     try:

@@ -31,7 +31,7 @@ def find_prefix(names: Collection[str], *, source: str) -> str:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the key names of diffusers; the attention's 1x1 convolutions become matrices."""
+    """Return the tensors under the key names of diffusers; 1x1 convolutions of attention become matrices."""
     is_bfl = any(name.startswith("encoder.down.") for name in tensors)
     levels = 1 + max(
         (int(m[1]) for m in map(re.compile(r"decoder\.up\.(\d+)\.").match, tensors) if m), default=-1

@@ -14,7 +14,10 @@ from ..errors import ConfigError, ShapeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
-    """One latent space: model space = (raw - mean) / std per channel; a latent cell covers downscale^2 pixels."""
+    """One latent space: model space = (raw - mean) / std per channel.
+
+    A latent cell covers a square of `downscale` pixels a side.
+    """
 
     name: str
     channels: int
@@ -90,8 +93,8 @@ def spec_from_statistics(
 ) -> LatentSpec:
     """Return the spec of per-channel statistics read from a file.
 
-    When they agree with a known space to float16 precision (files round them), the known space is returned with
-    its exact constants.
+    When they agree with a known space to float16 precision (files round them), the known space is returned
+    with its exact constants.
     """
     for spec in LATENT_SPECS.values():
         if spec.downscale == downscale and _is_close(spec.mean, mean) and _is_close(spec.std, std):

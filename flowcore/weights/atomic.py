@@ -12,12 +12,12 @@ from ..errors import CheckpointError
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata to `path`, making its folder; an earlier file is replaced in one step.
+    """Write tensors and string metadata to `path`, making its folder; replace an earlier file in one step.
 
     Raises: CheckpointError if the file cannot be written; an earlier file then stays as it was.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

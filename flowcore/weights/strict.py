@@ -15,7 +15,7 @@ def assign_strict(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
         tensors: one for every key of the module's state dict and no other.
         source: the file, for messages.
         what: the kind of model, for messages.
-    Raises: CheckpointError with counts and the first five missing, unexpected and misshapen keys, on one line.
+    Raises: CheckpointError with counts and the first five missing, unexpected and misshapen keys.
     """
     check_strict(
         {name: tuple(t.shape) for name, t in module.state_dict().items()}, tensors, source=source, what=what
