@@ -26,10 +26,14 @@ class Conditioning:
     @property
     def batch(self) -> int | None:
         """The batch size, or None when no part is present."""
-        sizes = [part.shape[0] for part in (self.context, self.pooled, *self.extras.values()) if part is not None]
+        sizes = [
+            part.shape[0] for part in (self.context, self.pooled, *self.extras.values()) if part is not None
+        ]
         return sizes[0] if sizes else None
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Conditioning":
         """Return a copy on the device, with floating-point tensors in dtype; None leaves either as it is."""
 
         def move(part: Tensor) -> Tensor:
@@ -71,7 +75,9 @@ def cat(items: Sequence[Conditioning]) -> Conditioning:
         return items[0]
     names = list(items[0].extras)
     if any(set(item.extras) != set(names) for item in items):
-        raise ShapeError(f"conditions to join must have the same extras, got {[sorted(i.extras) for i in items]}")
+        raise ShapeError(
+            f"conditions to join must have the same extras, got {[sorted(i.extras) for i in items]}"
+        )
     context, mask = _cat_contexts(items)
     return Conditioning(
         context=context,
@@ -87,7 +93,9 @@ def _cat_present(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:
     if not present:
         return None
     if len(present) != len(parts):
-        raise ShapeError(f"the {what} must be present in all conditions to join or in none, got {len(present)}")
+        raise ShapeError(
+            f"the {what} must be present in all conditions to join or in none, got {len(present)}"
+        )
     return torch.cat(present)
 
 
@@ -96,7 +104,9 @@ def _cat_contexts(items: Sequence[Conditioning]) -> tuple[Tensor | None, Tensor 
     present = [item for item in items if item.context is not None]
     contexts = [item.context for item in present if item.context is not None]
     if len(contexts) not in (0, len(items)):
-        raise ShapeError(f"the context must be present in all conditions to join or in none, got {len(contexts)}")
+        raise ShapeError(
+            f"the context must be present in all conditions to join or in none, got {len(contexts)}"
+        )
     if not contexts:
         return None, None
     longest = max(context.shape[1] for context in contexts)

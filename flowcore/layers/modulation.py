@@ -1,0 +1,25 @@
+"""Shift, scale and gate that a condition vector gives to a sub-layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Modulation(NamedTuple):
+    """The three vectors `b 1 d` of a sub-layer in float32; scale and gate are offset by one, so 1 is neutral."""
+
+    scale: Tensor
+    shift: Tensor
+    gate: Tensor
+
+
+def modulation(raw: Tensor) -> Modulation:
+    """Return the modulation of a head's output `b 1 (3 d)`: scale, shift, gate in this order, offsets added."""
+    scale, shift, gate = raw.float().chunk(3, dim=-1)
+    return Modulation(scale=scale + 1, shift=shift, gate=gate + 1)
+
+
+def gated_sum(base: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """Return base + gate * branch, computed in float32, in the dtype of base."""
+    return torch.addcmul(base.float(), gate, branch.float()).to(base.dtype)

@@ -1,0 +1,9 @@
+"""Normalisation without parameters of its own; statistics in float32."""
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, in float32 whatever the dtype of x."""
+    return functional.rms_norm(x.float(), (x.shape[-1],), eps=eps)
