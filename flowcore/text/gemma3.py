@@ -45,7 +45,8 @@ class Gemma3TextEncoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        device: torch.device = self.model.embed_tokens.weight.device
+        return device
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -126,12 +127,11 @@ def build_text_model(
     """
     try:
         settings = config if isinstance(config, Gemma3TextConfig) else Gemma3TextConfig(**config)
-        with torch.device(device):
-            model = Gemma3TextModel(settings)
-    except (TypeError, ValueError) as err:
-        raise ConfigError(
-            f"settings of the text encoder must fit Gemma-3, got {' '.join(str(err).split())}"
-        ) from err
+    except Exception as err:  # the check behind it has error classes that differ between its versions
+        reason = " ".join(str(err).split())
+        raise ConfigError(f"settings of the text encoder must fit Gemma-3, got {reason}") from err
+    with torch.device(device):
+        model = Gemma3TextModel(settings)
     return model.to(dtype=dtype) if dtype is not None else model
 
 

@@ -46,12 +46,14 @@ class Autoencoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.module.parameters()).device
+        device: torch.device = next(self.module.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return next(self.module.parameters()).dtype
+        dtype: torch.dtype = next(self.module.parameters()).dtype
+        return dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Autoencoder":
         """Move the weights in place and return self."""

@@ -50,7 +50,7 @@ class LatentSpec:
         if like.ndim != 4 or like.shape[1] != self.channels:
             raise ShapeError(f"{self.name} latents must be `b {self.channels} h w`, got {tuple(like.shape)}")
         mean, std = (
-            torch.tensor(values, device=like.device, dtype=torch.float32).to(like.dtype).view(1, -1, 1, 1)
+            torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
             for values in (self.mean, self.std)
         )
         return mean, std
