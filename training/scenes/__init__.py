@@ -1,7 +1,8 @@
 """Captioned scenes drawn by the computer, and a judge that reads a picture before its caption.
 
 A scene is one or two flat shapes on a flat background. Its caption names shape, colour, size, position,
-background and, for two objects, their relation. One meaning in ten is held out from training by a stable hash.
+background and, for two objects, their relation. One meaning in ten is held out from training by a stable
+hash.
 """
 
 from .captions import Meaning, MeantObject, caption_scene, captions_held_out, parse_caption

@@ -37,14 +37,14 @@ _POSITION_OF = {phrase: name for name, phrases in _POSITION_PHRASES.items() for 
 _RELATION_OF = {phrase: name for name, phrases in _RELATION_WORDS.items() for phrase in phrases}
 
 # {object} is an object or two in relation; a blank template slot vanishes with its blank
-_ONE_TEMPLATES = (
+_ONE_TEMPLATES: tuple[str, ...] = (
     "{object} {position} {background}",
     "{object} {position} {background}",
     "{object} {background} {position}",
     "{background} {object} {position}",
     "{position} {object} {background}",
 )
-_TWO_TEMPLATES = ("{object} {background}", "{object} {background}", "{background} {object}")
+_TWO_TEMPLATES: tuple[str, ...] = ("{object} {background}", "{object} {background}", "{background} {object}")
 _GROUND_FIRST = "{ground} with {object} {position}"
 
 _NAMED_ONE = {"size": 0.9, "position": 0.9, "background": 0.9}
@@ -87,14 +87,12 @@ def caption_scene(scene: Scene, rng: np.random.Generator, *, is_complete: bool =
 
     if scene.relation:
         content, position = _relation_phrase(scene, rng, is_sized=is_named("size")), ""
-        templates = _TWO_TEMPLATES
     else:
         (item,) = scene.objects
         content = _object_phrase(item, rng, is_sized=is_named("size"))
         position = _choose(rng, _POSITION_PHRASES[item.position or "center"]) if is_named("position") else ""
-        templates = _ONE_TEMPLATES
     ground = f"{_article(scene.background)} {scene.background} background" if is_named("background") else ""
-    template = _choose(rng, templates)
+    template = _choose(rng, _TWO_TEMPLATES if scene.relation else _ONE_TEMPLATES)
     if ground and rng.random() < _GROUND_FIRST_SHARE:
         template = _GROUND_FIRST
     background = f"on {ground}" if ground else ""
@@ -169,13 +167,12 @@ def _one_of(name: str, phrases: tuple[str, ...]) -> str:
 def _object_pattern(index: int) -> str:
     size, color, shape = (f"{name}{index}" for name in ("size", "color", "shape"))
     return (
-        f"an? (?:{_one_of(size, tuple(_SIZE_OF))} )?"
-        f"{_one_of(color, tuple(PALETTE))} {_one_of(shape, SHAPES)}"
+        f"an? (?:{_one_of(size, tuple(_SIZE_OF))} )?{_one_of(color, tuple(PALETTE))} {_one_of(shape, SHAPES)}"
     )
 
 
 def _patterns() -> tuple[re.Pattern[str], ...]:
-    """One expression a template, optional slots with the blank before or after them."""
+    """One expression a template, with optional slots that take the blank beside them along."""
     ground = f"an? {_one_of('background', tuple(PALETTE))} background"
     position = _one_of("position", tuple(_POSITION_OF))
     pair = f"{_object_pattern(0)} {_one_of('relation', tuple(_RELATION_OF))} {_object_pattern(1)}"
@@ -183,11 +180,11 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
     for templates, content in ((_ONE_TEMPLATES, _object_pattern(0)), (_TWO_TEMPLATES, pair)):
         for template in (*dict.fromkeys(templates), _GROUND_FIRST):
             before, after = template.split("{object}")
-            if content == pair:
-                after = after.replace(" {position}", "")
-            before = before.replace("{ground}", ground).replace("{background} ", f"(?:on {ground} )?")
+            before = before.replace("{ground}", ground)
+            before = before.replace("{background} ", f"(?:on {ground} )?")
             before = before.replace("{position} ", f"(?:{position} )?")
-            after = after.replace(" {background}", f"(?: on {ground})?").replace(" {position}", f"(?: {position})?")
+            after = after.replace(" {background}", f"(?: on {ground})?")
+            after = after.replace(" {position}", "" if content == pair else f"(?: {position})?")
             patterns.append(re.compile(before + content + after))
     return tuple(patterns)
 
@@ -218,7 +215,8 @@ def _unparsed(caption: str, words: str) -> str:
     shown = caption if len(caption) <= 80 else caption[:77] + "..."
     unknown = [word for word in words.split() if word not in known]
     reason = f"word {unknown[0]!r} is unknown" if unknown else "the words are in no known order"
-    return f"caption must describe a scene, got {shown!r} ({reason}); write e.g. 'a red circle left of a blue square'"
+    example = "a red circle left of a blue square"
+    return f"caption must describe a scene, got {shown!r} ({reason}); write one like {example!r}"
 
 
 _PATTERNS = _patterns()

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from sys import stdout
 from typing import NoReturn
 
 from PIL import Image
 from tqdm import tqdm
 
+from training.cli import DONE, UNUSABLE, fail, run_command
+from training.files import write_atomic
+
 from .errors import SceneError
 from .folder import write_folder
 from .judge import ATTRIBUTES, Verdict, accuracy, judge
-
-_FAILED, _UNUSABLE, _STOPPED = 1, 2, 3
-_DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,35 +29,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 1 failed, 2 unusable arguments, 3 interrupted."""
-    is_debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    """Run one command and return the exit code of `training.cli`."""
     try:
         options = _parser().parse_args(arguments)
-        if options.command == "write":
-            _write(options)
-        else:
-            _judge(options.folder, options.json)
-    except SceneError as error:
-        return _report(str(error), _UNUSABLE, is_debug=is_debug)
-    except OSError as error:
-        code = _FAILED if error.errno in _DISK_ERRORS else _UNUSABLE
-        message = f"cannot use {error.filename or 'the folder'}: {error.strerror or error}; check path and rights"
-        return _report(message, code, is_debug=is_debug)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the files written so far are whole\n")
-        return _STOPPED
-    return 0
+    except SceneError as err:
+        return fail(str(err), UNUSABLE)
+    return run_command(options.run, options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m training.scenes", description="Captioned scenes: write them, judge them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{write,judge}")
-    write = commands.add_parser("write", help="write a folder of PNG files with captions in same-named .txt files")
+    parser = _Parser(prog="python -m training.scenes", description="Captioned scenes, written and judged.")
+    commands = parser.add_subparsers(required=True, metavar="{write,judge}")
+    write = commands.add_parser("write", help="write PNG files with captions in same-named .txt files")
+    write.set_defaults(run=_write)
     write.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder")
     write.add_argument("--count", type=int, required=True, help="number of scenes")
     write.add_argument("--seed", type=int, required=True, help="equal seeds give equal files")
     write.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (128)")
-    write.add_argument("--objects", choices=("one", "two", "mixed"), default="mixed", help="objects a scene (mixed)")
+    write.add_argument("--objects", choices=("one", "two", "mixed"), default="mixed", help="a scene (mixed)")
     write.add_argument(
         "--split",
         choices=("train", "test", "all"),
@@ -69,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.add_argument("--force", action="store_true", help="write into a folder that holds files")
     judging = commands.add_parser("judge", help="judge PNG files against the captions beside them")
+    judging.set_defaults(run=_judge)
     judging.add_argument("folder", type=Path, metavar="DIR", help="folder of PNG files with .txt files")
     judging.add_argument("--json", type=Path, metavar="FILE", help="also write the verdicts to FILE")
     for command in (write, judging):
@@ -76,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _write(options: argparse.Namespace) -> None:
+def _write(options: argparse.Namespace) -> int:
     write_folder(
         options.folder,
         options.count,
@@ -86,26 +73,29 @@ def _write(options: argparse.Namespace) -> None:
         split=options.split,
         is_forced=options.force,
     )
-    sys.stdout.write(f"{options.count} scenes written to {options.folder}\n")
+    stdout.write(f"{options.count} scenes written to {options.folder}\n")
+    return DONE
 
 
-def _judge(folder: Path, json_file: Path | None) -> None:
-    paths = _pictures(folder)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise SceneError(f"--json must name a file in an existing folder, got {json_file}; make its folder first")
+def _judge(options: argparse.Namespace) -> int:
+    paths = _pictures(options.folder)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise SceneError(f"--json must lie in an existing folder, got {options.json}; make its folder first")
     captions, verdicts = [], []
     for path in tqdm(paths, desc="judge", unit="image"):
         caption, verdict = _judge_file(path)
         captions.append(caption)
         verdicts.append(verdict)
     shares = accuracy(verdicts)
-    sys.stdout.write(_table(verdicts, shares))
-    if json_file is not None:
+    stdout.write(_table(verdicts, shares))
+    if options.json is not None:
         images = [
             {"file": str(path), "caption": caption, **verdict}
             for path, caption, verdict in zip(paths, captions, verdicts, strict=True)
         ]
-        _write_json(json_file, {"count": len(images), "accuracy": shares, "images": images})
+        content = {"count": len(images), "accuracy": shares, "images": images}
+        write_atomic(options.json, json.dumps(content, indent=1) + "\n")
+    return DONE
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -119,21 +109,23 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _judge_file(path: Path) -> tuple[str, Verdict]:
     text = path.with_suffix(".txt")
-    if not text.is_file():
-        raise SceneError(f"{path} must have a caption, got no file {text.name}; write the caption there")
     try:
         caption = " ".join(text.read_text(encoding="utf-8").split())
-    except UnicodeDecodeError as error:
-        raise SceneError(f"{text} must be UTF-8 text, got other bytes; save it as UTF-8") from error
+    except FileNotFoundError as err:
+        raise SceneError(
+            f"{path} must have a caption, got no {text.name}; write it beside the image"
+        ) from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise SceneError(f"{text} must be readable UTF-8 text, got {err}; save it as UTF-8") from err
     try:
         with Image.open(path) as image:
             pixels = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SceneError(f"{path} must be a sound image, got one that does not decode; make it anew") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+        raise SceneError(f"{path} must be an image that decodes, got {err}; replace or remove it") from err
     try:
         return caption, judge(pixels, caption)
-    except SceneError as error:
-        raise SceneError(f"{path}: {error}") from error
+    except SceneError as err:
+        raise SceneError(f"{path}: {err}") from err
 
 
 def _table(verdicts: Sequence[Verdict], shares: dict[str, float | None]) -> str:
@@ -143,16 +135,3 @@ def _table(verdicts: Sequence[Verdict], shares: dict[str, float | None]) -> str:
         named = sum(verdict[name] is not None for verdict in verdicts)
         lines.append(f"{name:<12}{'-' if share is None else f'{share:.4f}':>9}{named:>8}")
     return "\n".join(lines) + "\n"
-
-
-def _write_json(path: Path, content: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def _report(message: str, code: int, *, is_debug: bool) -> int:
-    if is_debug:
-        traceback.print_exc()
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return code

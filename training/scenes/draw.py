@@ -20,7 +20,8 @@ def _star() -> Floats:
     turns = np.arange(10) * np.pi / 5
     lengths = np.where(np.arange(10) % 2 == 0, _STAR_OUTER, _STAR_INNER)
     points = np.stack([lengths * np.sin(turns), -lengths * np.cos(turns)], axis=1)
-    return points - (points.max(axis=0) + points.min(axis=0)) / 2  # middle of the bounding box at 0
+    middle = (points.max(axis=0) + points.min(axis=0)) / 2  # of the bounding box
+    return np.asarray(points - middle, dtype=np.float64)
 
 
 def _cross(arm: float) -> Floats:
@@ -66,7 +67,8 @@ def signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
 
     Args:
         shape: One of `SHAPES`.
-        x, y: Coordinates of equal shape; y runs down.
+        x: Coordinates to the right.
+        y: Coordinates downwards, of the shape of x.
     """
     if shape == "circle":
         return np.asarray(np.hypot(x, y) - _CIRCLE)

@@ -42,10 +42,13 @@ def write_folder(
 
     Raises:
         SceneError: If a number is out of range, or the folder holds files and is_forced is not set.
-        OSError: If the folder or a file cannot be written.
+        OSError: If a file cannot be written.
     """
     _check(folder, count, seed, size, is_forced=is_forced)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise SceneError(f"{folder} must be a folder that can be made, got {err}; name another") from err
     scenes: Iterable[tuple[Scene, str]] = iterate_scenes(count, seed, objects=objects, split=split)
     for index, (scene, caption) in enumerate(
         tqdm(scenes, total=count, desc="scenes", unit="image", disable=is_quiet)
@@ -65,4 +68,4 @@ def _check(folder: Path, count: int, seed: int, size: int, *, is_forced: bool) -
     if folder.exists() and not folder.is_dir():
         raise SceneError(f"{folder} must be a folder, got a file; name another folder")
     if folder.exists() and not is_forced and any(folder.iterdir()):
-        raise SceneError(f"{folder} must be empty, got a folder with files; name a new folder or add --force")
+        raise SceneError(f"{folder} must be empty, got a folder with files; name another or add --force")

@@ -13,7 +13,7 @@ from .scene import PALETTE
 from .see import Part, Sight, see
 
 Verdict = dict[str, "bool | None"]
-"""Right, wrong, or None where the caption does not name it, for each of `ATTRIBUTES` and for `all` of them."""
+"""Right, wrong, or None where the caption is silent, for each of `ATTRIBUTES` and for `all` of them."""
 
 ATTRIBUTES = ("color", "background", "shape", "position", "size", "relation")
 
@@ -44,9 +44,9 @@ def compare(sight: Sight, meaning: Meaning) -> Verdict:
     verdict["color"] = bool(pairs) and all(part.color == meant.color for part, meant in pairs)
     verdict["shape"] = bool(pairs) and all(part.shape == meant.shape for part, meant in pairs)
     if any(meant.size for meant in meaning.objects):
-        verdict["size"] = bool(pairs) and all(meant.size in (None, part.size) for part, meant in pairs)
+        verdict["size"] = bool(pairs) and all(meant.size in {None, part.size} for part, meant in pairs)
     if any(meant.position for meant in meaning.objects):
-        verdict["position"] = bool(pairs) and all(meant.position in (None, part.position) for part, meant in pairs)
+        verdict["position"] = bool(pairs) and all(meant.position == part.position for part, meant in pairs)
     if meaning.relation:
         verdict["relation"] = parts is not None and _is_related(parts[0], parts[1], meaning.relation)
     verdict["all"] = all(value is not False for value in verdict.values())

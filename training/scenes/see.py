@@ -15,15 +15,17 @@ from .scene import PALETTE, RADII, SHAPES
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
+Labels = NDArray[np.int32]
 
 _FRAME = 3  # lengths in pixels of a 128 pixel picture
-_ERODE = 2
+_EDGE = 3
 _LEAST_AREA = 60
 _SPECK_AREA = 4
 _DIFFERENT = 45.0  # RGB distances
 _PALETTE_REACH = 55.0
 _UNIFORM_SHARE = 0.8
-_GRID = 32
+_GRID = 40
+_GRID_REACH = 1.0  # half side of the grid for a part of area 1; the triangle needs 0.9
 _LEAST_OVERLAP = 0.8
 _MOST_STRETCH = 1.25
 _PLACE_EDGE = 11 / 128
@@ -82,7 +84,7 @@ def see(image: NDArray[np.uint8] | Image.Image) -> Sight:
     )
 
 
-def label_parts(mask: Bools) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def label_parts(mask: Bools) -> tuple[Labels, NDArray[np.int64]]:
     """Labels of the parts connected by edges, from 1 on with 0 outside, and the area of each in pixels."""
     height, width = mask.shape
     edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
@@ -150,29 +152,30 @@ def _erode(mask: Bools, steps: int) -> Bools:
     return mask
 
 
-def _part(pixels: Floats, ground: Floats, labels: NDArray[np.int32], label: int, side: int) -> Part:
-    """Read one part from its crop, which reaches two pixels beyond it for the soft edge."""
+def _part(pixels: Floats, ground: Floats, labels: Labels, label: int, side: int) -> Part:
+    """Read one part from its crop, which reaches a little beyond it for the soft edge."""
     height, width = labels.shape
+    edge = max(1, round(_EDGE * side / 128))
     rows, columns = np.nonzero(labels == label)
-    top, left = max(0, rows.min() - 2), max(0, columns.min() - 2)
-    window = (slice(top, rows.max() + 3), slice(left, columns.max() + 3))
+    top, left = max(0, int(rows.min()) - edge), max(0, int(columns.min()) - edge)
+    window = (slice(top, int(rows.max()) + 1 + edge), slice(left, int(columns.max()) + 1 + edge))
     crop, mask = pixels[window], labels[window] == label
-    is_other = (labels[window] != label) & (labels[window] != 0)
-    inside = crop[_core(mask, side)]
-    rgb = np.median(inside, axis=0)
+    is_near = ~_erode(~mask, edge) & (mask | (labels[window] == 0))
+    coverage = _coverage(crop, ground, _median(crop[_core(mask, edge)])) * is_near
+    inside = crop[_core((coverage >= 0.5) & mask, edge)]
+    rgb = _median(inside)
     is_uniform = np.mean(np.linalg.norm(inside - rgb, axis=1) <= _DIFFERENT) >= _UNIFORM_SHARE
-    direction = (rgb - ground) / max(float(np.sum((rgb - ground) ** 2)), 1.0)
-    coverage = np.where(is_other, 0, np.clip((crop - ground) @ direction, 0, 1)).astype(np.float32)
-    x0, x1, y0, y1 = _box(coverage, mask)
-    shape, overlap = _shape(coverage, (x0, x1, y0, y1))
+    coverage = _coverage(crop, ground, rgb) * is_near
+    x0, x1, y0, y1 = _box((coverage >= 0.5) & mask)
+    shape, overlap = _shape(coverage, (x1 - x0) / (y1 - y0))
     center = ((left + (x0 + x1) / 2) / width, (top + (y0 + y1) / 2) / height)
     half_extent = ((x1 - x0) / 2 / side, (y1 - y0) / 2 / side)
-    radius = np.sqrt(coverage.sum() / unit_area(shape)) / side if shape else max(half_extent)
+    radius = float(np.sqrt(coverage.sum() / unit_area(shape))) / side if shape else max(half_extent)
     return Part(
         rgb=(float(rgb[0]), float(rgb[1]), float(rgb[2])),
         color=_color_name(rgb) if is_uniform else None,
         shape=shape,
-        size=_size(float(radius)),
+        size=_size(radius),
         position=_position(*center),
         center=center,
         half_extent=half_extent,
@@ -180,45 +183,71 @@ def _part(pixels: Floats, ground: Floats, labels: NDArray[np.int32], label: int,
     )
 
 
-def _core(mask: Bools, side: int) -> Bools:
-    """The mask without its edge, or the mask itself where nothing would be left."""
-    core = _erode(mask, max(1, round(_ERODE * side / 128)))
-    return core if core.sum() * 8 >= mask.sum() else mask
+def _median(colors: Floats) -> Floats:
+    return np.median(colors, axis=0).astype(np.float32)
 
 
-def _box(coverage: Floats, mask: Bools) -> tuple[float, float, float, float]:
-    """Left, right, top and bottom of what is at least half covered."""
-    solid = (coverage >= 0.5) & mask
-    if not solid.any():
-        solid = mask
+def _core(mask: Bools, edge: int) -> Bools:
+    """The mask without its edge, or with more of it where little would be left."""
+    for steps in range(edge, 0, -1):
+        core = _erode(mask, steps)
+        if core.sum() * 6 >= mask.sum() > 0:
+            return core
+    return mask if mask.any() else np.ones_like(mask)
+
+
+def _coverage(crop: Floats, ground: Floats, rgb: Floats) -> Floats:
+    """How far each pixel lies on the way from the background's colour (0) to the part's (1)."""
+    way = rgb - ground
+    return np.clip((crop - ground) @ (way / max(float(way @ way), 1.0)), 0, 1).astype(np.float32)
+
+
+def _box(solid: Bools) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of a mask; of the whole crop if it is empty."""
     rows, columns = np.nonzero(solid.any(axis=1))[0], np.nonzero(solid.any(axis=0))[0]
+    if not rows.size:
+        return 0.0, float(solid.shape[1]), 0.0, float(solid.shape[0])
     return float(columns[0]), float(columns[-1] + 1), float(rows[0]), float(rows[-1] + 1)
 
 
-def _shape(coverage: Floats, box: tuple[float, float, float, float]) -> tuple[str | None, float]:
-    """Best template by soft intersection over union, None if it overlaps too little or is stretched."""
-    x0, x1, y0, y1 = box
-    scaled = Image.fromarray(coverage).resize((_GRID, _GRID), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
-    found = np.asarray(scaled)
+def _shape(coverage: Floats, aspect: float) -> tuple[str | None, float]:
+    """Best template by soft intersection over union, None if it overlaps too little or is stretched.
+
+    The part is scaled to area 1 and moved by its centre of mass, both of which a soft edge leaves alone.
+    """
+    area = float(coverage.sum())
+    if area < 1:
+        return None, 0.0
+    reach = float(np.sqrt(area)) * _GRID_REACH
+    pad = int(reach) + 1
+    x = float(coverage.sum(axis=0) @ (np.arange(coverage.shape[1]) + 0.5)) / area + pad
+    y = float(coverage.sum(axis=1) @ (np.arange(coverage.shape[0]) + 0.5)) / area + pad
+    found = np.asarray(
+        Image.fromarray(np.pad(coverage, pad)).resize(
+            (_GRID, _GRID), Image.Resampling.BILINEAR, box=(x - reach, y - reach, x + reach, y + reach)
+        )
+    )
     templates = _templates()
     overlaps = np.minimum(templates, found).sum(axis=(1, 2)) / np.maximum(templates, found).sum(axis=(1, 2))
     best = int(np.argmax(overlaps))
     half_width, half_height = extent(SHAPES[best])
-    stretch = ((x1 - x0) / (y1 - y0)) / (half_width / half_height)
+    stretch = aspect / (half_width / half_height)
     is_fit = overlaps[best] >= _LEAST_OVERLAP and 1 / _MOST_STRETCH <= stretch <= _MOST_STRETCH
     return (SHAPES[best] if is_fit else None), float(overlaps[best])
 
 
 @lru_cache(maxsize=1)
 def _templates() -> Floats:
-    """Coverage of each shape, its bounding box filling the grid: `shapes 32 32`."""
-    fine = 8
-    axis = (np.arange(_GRID * fine) + 0.5) / (_GRID * fine) * 2 - 1
+    """Coverage of each shape with area 1 and its centre of mass in the middle: `shapes grid grid`."""
+    fine = 4
+    axis = ((np.arange(_GRID * fine) + 0.5) / (_GRID * fine) * 2 - 1) * _GRID_REACH
     grids = []
     for shape in SHAPES:
-        half_width, half_height = extent(shape)
-        inside = signed_distance(shape, *np.meshgrid(axis * half_width, axis * half_height)) < 0
-        grids.append(inside.reshape(_GRID, fine, _GRID, fine).mean(axis=(1, 3)))
+        scale = np.sqrt(unit_area(shape))
+        x, y = np.meshgrid(axis * scale, axis * scale)
+        is_inside = signed_distance(shape, x, y) < 0
+        is_inside = signed_distance(shape, x + x[is_inside].mean(), y + y[is_inside].mean()) < 0
+        grids.append(is_inside.reshape(_GRID, fine, _GRID, fine).mean(axis=(1, 3)))
     return np.stack(grids).astype(np.float32)
 
 
