@@ -56,7 +56,7 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def write_failure(err: OSError, target: Path) -> RunError:
+def write_failure(err: OSError, target: Path | str) -> RunError:
     """The one-line error for a write that failed, with a remedy where the disk is full."""
     remedy = "; make space and start the same command again" if err.errno in _FULL else ""
     return RunError(f"{target}: could not be written ({err.strerror or err}){remedy}")

@@ -1,0 +1,59 @@
+"""Makes the bundled parts from drawn scenes: `python -m training.demo vae|text|model`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.cli import DONE, STOPPED, parser, run_command
+from training.scenes import write_folder
+from training.stop import StopFlag
+
+CONFIGS = Path(__file__).parent / "configs"
+TRAIN_COUNT, HELD_OUT_COUNT = 16000, 256
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    made = parser("demo", "Train a part of the bundled demo on drawn scenes; the same command continues it.")
+    made.add_argument("part", choices=("vae", "text", "model"), help="autoencoder, text encoder or flow model")
+    made.add_argument("--arch", default="xut", choices=("xut",), help="architecture of the model (default: xut)")
+    made.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of scenes, runs and results")
+    made.add_argument("--minutes", type=float, help="fit the number of steps to this time on this machine")
+    made.add_argument("--resume", action="store_true", help="continue the run that lies in --out (the default)")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    return run_command(_demo, made.parse_args(arguments))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    stop = StopFlag()
+    stop.listen()
+    out: Path = arguments.out
+    write_scenes(out / "scenes")
+    from training import demo_parts
+
+    make = getattr(demo_parts, f"make_{arguments.part}")
+    done = make(demo_parts.Request(out, arguments.arch, arguments.minutes, tuple(arguments.set)), stop)
+    return DONE if done else STOPPED
+
+
+def write_scenes(folder: Path) -> None:
+    """Draws the demo's training folders and its held-out pictures, unless they are there."""
+    for name, count, seed in (("one", TRAIN_COUNT, 1), ("two", TRAIN_COUNT, 2), ("held-out", HELD_OUT_COUNT, 3)):
+        target = folder / name
+        if target.exists() and len(list(target.glob("*.txt"))) == count:
+            continue
+        write_folder(
+            target,
+            count,
+            seed,
+            objects="mixed" if name == "held-out" else name,
+            split="test" if name == "held-out" else "train",
+            is_forced=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
