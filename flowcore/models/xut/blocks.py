@@ -104,7 +104,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the normalised x times scale, float32."""
-        return rms_norm(x, eps=1e-6) * (self.weight.float() * scale)
+        return rms_norm(x, eps=1e-6) * (_at_use(self.weight, x) * scale)
 
 
 class DyT(nn.Module):
@@ -119,7 +119,7 @@ class DyT(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return tanh(weight * x) times scale, float32."""
-        return torch.tanh(self.in_weight.float() * x.float()) * scale
+        return torch.tanh(_at_use(self.in_weight, x) * x.float()) * scale
 
 
 class AdaLN(nn.Module):
@@ -139,6 +139,11 @@ class AdaLN(nn.Module):
         return (self.norm(x, own.scale) + own.shift).to(x.dtype), own.gate
 
 
+def _at_use(parameter: Tensor, like: Tensor) -> Tensor:
+    """Return the parameter in float32 beside the input: a host may hold it on another device."""
+    return parameter.to(device=like.device, dtype=torch.float32)
+
+
 def zero_init(layer: nn.Linear) -> nn.Linear:
     """Return the layer with weight and bias set to zero."""
     nn.init.zeros_(layer.weight)
@@ -156,7 +161,7 @@ class AxialRoPE(nn.Module):
 
     def forward(self, positions: Tensor) -> Rotation:
         """Return the rotation at positions `b n 2`, float32."""
-        return rotation(axial_angles(positions, self.freqs.float().exp()))
+        return rotation(axial_angles(positions, _at_use(self.freqs, positions).exp()))
 
 
 class SelfAttention(nn.Module):
