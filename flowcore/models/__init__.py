@@ -1,1 +1,110 @@
-"""The architectures, one folder each."""
+"""The architectures: one row each in `ARCHITECTURES`, and `detect`, which finds the row that a file belongs to."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from . import xut
+from .xut.jax_port import JAX_SETTINGS, is_jax, jax_to_reference
+
+
+class ModelConfig(Protocol):
+    """What every architecture's configuration offers besides its fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-like values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A foreign naming of an architecture's tensors. settings: configuration fields that the layout implies."""
+
+    name: str
+    is_match: Callable[[Collection[str]], bool]
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """One architecture: how to recognise, build, and call its models.
+
+    model: (config, *, ops, device, dtype) -> module. config_from_dict: fields -> configuration. infer_config:
+    (tensors by bare names, metadata) -> configuration. is_match: whether bare names are this architecture's.
+    velocity: (forward, latents, sigma, conditioning, **options) -> velocity. size_conditions: (config, height,
+    width of the latents) -> `Conditioning.extras` that depend on the size alone, batch 1. latent_spec: the name
+    of the latent space when a file states none. prefixes: what files put before the bare names.
+    """
+
+    name: str
+    model: Callable[..., nn.Module]
+    presets: Mapping[str, Any]
+    config_from_dict: Callable[[Mapping[str, Any]], Any]
+    infer_config: Callable[[Mapping[str, Tensor], Mapping[str, str] | None], Any]
+    is_match: Callable[[Collection[str]], bool]
+    velocity: Callable[..., Tensor]
+    size_conditions: Callable[[Any, int, int], dict[str, Tensor]]
+    latent_spec: str
+    prefixes: tuple[str, ...]
+    layouts: tuple[Layout, ...] = ()
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        name="xut",
+        model=xut.XUDiT,
+        presets=xut.PRESETS,
+        config_from_dict=xut.XUTConfig.from_dict,
+        infer_config=xut.infer_config,
+        is_match=xut.is_match,
+        velocity=xut.velocity,
+        size_conditions=xut.size_conditions,
+        latent_spec="eq-sdxl",
+        prefixes=("model.diffusion_model.", "diffusion_model.", "unet.model.", "transformer.", "model.", ""),
+        layouts=(Layout(name="jax", is_match=is_jax, convert=jax_to_reference, settings=JAX_SETTINGS),),
+    ),
+)
+
+
+def find_architecture(name: str) -> Architecture:
+    """Return the row of a name. Raises: CheckpointError that lists the names there are."""
+    for architecture in ARCHITECTURES:
+        if architecture.name == name:
+            return architecture
+    known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+    raise CheckpointError(f"the architecture must be one of {known}, got {name!r}")
+
+
+def detect(keys: Collection[str]) -> tuple[Architecture, str]:
+    """Return the architecture that the tensor names belong to, and the prefix before its bare names.
+
+    Raises: CheckpointError that says what was found instead.
+    """
+    for architecture in ARCHITECTURES:
+        for prefix in sorted(architecture.prefixes, key=len, reverse=True):
+            bare = {key[len(prefix) :] for key in keys if key.startswith(prefix)}
+            if architecture.is_match(bare) or find_layout(architecture, bare) is not None:
+                return architecture, prefix
+    known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+    raise CheckpointError(f"the tensors must be those of a {known} model, got {_describe(keys)}")
+
+
+def find_layout(architecture: Architecture, bare: Collection[str]) -> Layout | None:
+    """Return the foreign layout that the bare names are in, or None."""
+    return next((layout for layout in architecture.layouts if layout.is_match(bare)), None)
+
+
+def _describe(keys: Collection[str]) -> str:
+    """Return what the names look like, for a message."""
+    if not keys:
+        return "no tensor at all"
+    if any(".lora_" in key or ".lokr_" in key or ".hada_" in key for key in keys):
+        return f"{len(keys)} tensors of an adapter such as {min(keys)}; load it as a LoRA on top of a model"
+    parts = {"encoder.conv_in.weight": "a VAE", "model.embed_tokens.weight": "a text encoder"}
+    for name, what in parts.items():
+        if any(key.endswith(name) for key in keys):
+            return f"{len(keys)} tensors of {what}; give the file of the diffusion model"
+    return f"{len(keys)} others such as {', '.join(sorted(keys)[:3])}"

@@ -1,7 +1,16 @@
 """XUT: the cross-U transformer of HDM and Ouroboros."""
 
-from .config import PRESETS, TreadConfig, XUTConfig, infer_config
+from .config import PRESETS, TreadConfig, XUTConfig, infer_config, is_match
 from .model import XUDiT
-from .velocity import velocity
+from .velocity import size_conditions, velocity
 
-__all__ = ["PRESETS", "TreadConfig", "XUDiT", "XUTConfig", "infer_config", "velocity"]
+__all__ = [
+    "PRESETS",
+    "TreadConfig",
+    "XUDiT",
+    "XUTConfig",
+    "infer_config",
+    "is_match",
+    "size_conditions",
+    "velocity",
+]

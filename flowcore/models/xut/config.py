@@ -6,7 +6,7 @@ Source: KohakuBlueleaf/HDM (names, defaults); MK040412/Ouroboros (`residual`, `s
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -281,3 +281,8 @@ class _Reader:
             return None
         ratio = (stored.get("tread_config") or {}).get("dropout_ratio", 0.5)
         return {"prev_trns_depth": before, "post_trns_depth": after, "dropout_ratio": ratio}
+
+
+def is_match(keys: Collection[str]) -> bool:
+    """Return whether bare tensor names are those of a XUT model."""
+    return "in_patch.proj.weight" in keys and "backbone.dec_blocks.0.0.attn.qkv.weight" in keys

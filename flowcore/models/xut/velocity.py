@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ...conditioning import Conditioning
 from ...errors import ShapeError
+from .config import XUTConfig
+from .positions import log_aspect
 
 EXTRAS = ("class_ids", "pos_map", "r", "addon_info")
 """Names of `Conditioning.extras` that XUT understands."""
@@ -48,3 +50,8 @@ def velocity(
         latents.to(dtype), sigma, context, ctx_mask=conditioning.context_mask, **extras, **options
     )
     return result.to(latents.dtype)
+
+
+def size_conditions(config: XUTConfig, height: int, width: int) -> dict[str, Tensor]:
+    """Return the extras that follow from the size of the latents: ln(width / height) where the model reads it."""
+    return {"addon_info": log_aspect(height, width)} if config.addon_info_embs_dim == 1 else {}

@@ -1,0 +1,232 @@
+"""Weight files of models: reading without copying, building a model from them, writing them whole or not at all."""
+
+import datetime
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, FlowCoreError
+from ..models import Architecture, ModelConfig, detect, find_architecture, find_layout
+from ..ops import TORCH_OPS, Ops
+from .atomic import write_tensors
+from .strict import check_strict
+
+METADATA_TENSOR = "flowcore_metadata"
+"""Last part of the name of a uint8 tensor that holds metadata as JSON, for hosts that drop a file's own."""
+
+_PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+_CONTAINERS = ("state_dict", "model", "module", "ema")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model with its weights, what it is, and a line on what was loaded."""
+
+    model: nn.Module
+    architecture: Architecture
+    config: Any
+    metadata: Mapping[str, str]
+    report: str
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and string metadata of a weight file, on the CPU.
+
+    Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, a folder
+    with one or with an index of several, or a torch file (.pt, .pth, .ckpt, .bin), of which nothing but tensors
+    in plain containers is read and no code is run.
+    Raises: CheckpointError that names the file, and the tensor where it is one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors, metadata = _read_folder(path)
+    elif not path.is_file():
+        raise CheckpointError(f"{path} must be a weight file or a folder with one, got nothing there")
+    elif path.suffix in _PICKLED:
+        tensors, metadata = _read_pickled(path), {}
+    else:
+        tensors, metadata = _read_safetensors(path)
+    for name in [name for name in tensors if name.rsplit(".", 1)[-1] == METADATA_TENSOR]:
+        metadata = _tensor_to_metadata(path, name, tensors.pop(name)) | metadata
+    if not tensors:
+        raise CheckpointError(f"{path} must hold tensors, got none")
+    return tensors, metadata
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ops: Ops = TORCH_OPS,
+) -> LoadedModel:
+    """Return the model that a file holds, in evaluation mode; architecture and sizes are read from its tensors.
+
+    dtype: of the weights; None = as stored. With the file's own dtype and device "cpu" nothing is copied.
+    Raises: CheckpointError that names the file, what is wrong, and the first five keys concerned.
+    """
+    tensors, metadata = read_tensors(path)
+    settings = Path(path) / "config.json"
+    if "flowcore.config" not in metadata and settings.is_file():
+        metadata["flowcore.config"] = settings.read_text(encoding="utf-8")
+    try:
+        return build_model(tensors, metadata, source=str(path), device=device, dtype=dtype, ops=ops)
+    except CheckpointError as err:
+        raise err if str(path) in str(err) else CheckpointError(f"{path}: {err}") from err
+    except FlowCoreError as err:
+        raise CheckpointError(f"{path}: {err}") from err
+
+
+def build_model(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    source: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ops: Ops = TORCH_OPS,
+) -> LoadedModel:
+    """Return the model of tensors already read; `load_model` says the rest. source: where from, for messages."""
+    architecture, prefix = detect(tensors.keys())
+    state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    layout = find_layout(architecture, state.keys())
+    if layout is not None:
+        state = layout.convert(state)
+        stored = json.loads(metadata.get("flowcore.config", "{}"))
+        metadata = {**metadata, "flowcore.config": json.dumps({**stored, **layout.settings})}
+    config = architecture.infer_config(state, metadata)
+    model = architecture.model(config, ops=ops, device="meta")
+    buffers = {name for name, _ in model.named_buffers()}
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name in state or name not in buffers  # a model derives a buffer that a file lacks
+    }
+    check_strict(expected, state, source=source, what=f"{architecture.name} model")
+    for name, tensor in state.items():
+        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.to(device).eval()
+    ignored = len(tensors) - len(state)
+    report = f"{source}: {architecture.name}, {len(state)} tensors" + (
+        f", {ignored} others" if ignored else ""
+    )
+    return LoadedModel(
+        model=model, architecture=architecture, config=config, metadata=dict(metadata), report=report
+    )
+
+
+def save_model(
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    *,
+    architecture: Architecture | str,
+    config: ModelConfig,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model's tensors and its description to a safetensors file, replacing an earlier one in one step.
+
+    metadata: further entries; they win over the standard `modelspec.*` and `flowcore.*` ones.
+    Raises: CheckpointError if the file cannot be written.
+    """
+    row = find_architecture(architecture) if isinstance(architecture, str) else architecture
+    standard = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"flowcore/{row.name}",
+        "modelspec.title": Path(path).stem,
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "flowcore.arch": row.name,
+        "flowcore.config": json.dumps(config.to_dict()),
+    }
+    write_tensors(path, state_dict, {**standard, **(metadata or {})})
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as err:
+        raise CheckpointError(
+            f"{path} must be a complete safetensors file, got {_fault(path, err)}; download or copy it again"
+        ) from err
+
+
+def _fault(path: Path, err: Exception) -> str:
+    """Return what a file that cannot be read seems to be."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in its place"
+    if start.startswith(b"PK"):
+        return f"a zip archive (a torch file? then its name must end in one of {', '.join(_PICKLED)})"
+    if start.lstrip()[:1] == b"<":
+        return "a web page"
+    return f"{path.stat().st_size} bytes that do not fit ({err})"
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        return _read_shards(indices[0])
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        inner = sorted(folder.parent.name for folder in path.glob("*/*.safetensors"))
+        hint = f"; name one of its folders {', '.join(inner)}" if inner else ""
+        raise CheckpointError(
+            f"{path} must hold one safetensors file or an index of several, got {len(files)} files{hint}"
+        )
+    return _read_safetensors(files[0])
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of all files that an index names; each tensor must be where the index says."""
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise CheckpointError(f"{index} must be JSON with a weight_map, got a fault at {err}") from err
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(places.values())):
+        shard = index.parent / name
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} must be there, for {index.name} names it, got nothing")
+        part, notes = _read_safetensors(shard)
+        tensors |= part
+        metadata |= notes
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{index} must name tensors that its files hold, got {missing[0]} in none of them"
+        )
+    return tensors, metadata
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as err:
+        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+        raise CheckpointError(
+            f"{path} must be a torch file of tensors in plain containers, got {reason[:200]}; convert it to safetensors"
+        ) from err
+    while isinstance(loaded, Mapping):
+        inner = next((loaded[name] for name in _CONTAINERS if isinstance(loaded.get(name), Mapping)), None)
+        if inner is None:
+            return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+        loaded = inner
+    raise CheckpointError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
+
+
+def _tensor_to_metadata(path: Path, name: str, tensor: Tensor) -> dict[str, str]:
+    try:
+        return dict(json.loads(bytes(tensor.to(torch.uint8).flatten().tolist())))
+    except ValueError as err:
+        raise CheckpointError(f"{path}: {name} must be JSON in UTF-8, got {err}; delete the tensor") from err
