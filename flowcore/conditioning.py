@@ -14,8 +14,8 @@ from .errors import ShapeError
 class Conditioning:
     """One batch of conditions. Every tensor has the batch axis first; absent parts are None.
 
-    Shapes: context `b m d`; context_mask `b m` boolean, True = real token; pooled `b d`; extras by the names that
-    the architecture gives them.
+    Shapes: context `b m d`; context_mask `b m` boolean, True = real token; pooled `b d`; extras by the names
+    that the architecture gives them.
     """
 
     context: Tensor | None = None
@@ -66,7 +66,7 @@ class Conditioning:
 def cat(items: Sequence[Conditioning]) -> Conditioning:
     """Return the conditions joined along the batch axis.
 
-    Contexts of different lengths are padded with zero rows to the longest, and a mask says which rows are real.
+    Contexts of different lengths are padded with zero rows to the longest; a mask says which rows are real.
     Raises: ShapeError if no item is given, or if a part is present in some items only.
     """
     if not items:

@@ -1,4 +1,7 @@
-"""Errors that a user can cause and repair. Every message is one line: `<what> must <rule>, got <value>; <remedy>`."""
+"""Errors that a user can cause and repair.
+
+Every message is one line: `<what> must <rule>, got <value>; <remedy>`.
+"""
 
 
 class FlowCoreError(ValueError):

@@ -1,7 +1,7 @@
 """What a host may replace: the layer classes a model is built from, and the work done in each call.
 
-A model takes `Ops` when it is built (a host brings layers that cast or offload their weights) and `Runtime` when
-it is called (a host brings its attention product, and may wrap or replace whole blocks).
+A model takes `Ops` when it is built (a host brings layers that cast or offload their weights) and `Runtime`
+when it is called (a host brings its attention product, and may wrap or replace whole blocks).
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .layers.attention import sdpa
 
@@ -24,6 +25,12 @@ RunBlockFn: TypeAlias = Callable[[str, int, BlockFn, Tensor], Tensor]
 def run_plain(kind: str, index: int, block: BlockFn, x: Tensor) -> Tensor:  # noqa: ARG001 - the hook's signature
     """Return block(x): the default of `Runtime.run_block`."""
     return block(x)
+
+
+def run_checkpointed(kind: str, index: int, block: BlockFn, x: Tensor) -> Tensor:  # noqa: ARG001 - as above
+    """Return block(x), keeping none of its intermediate tensors: the backward pass computes them again."""
+    result: Tensor = checkpoint(block, x, use_reentrant=False)
+    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

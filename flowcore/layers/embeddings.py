@@ -13,7 +13,9 @@ def timestep_frequencies(
     """Return max_period^(-k / (dim/2)) for k = 0 .. dim/2 - 1, float32, shape `1 (dim/2)`."""
     half = dim // 2
     # In this order the values equal those that published models were trained with, bit for bit.
-    return torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=device) / half)[None]
+    return torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=device) / half)[
+        None
+    ]
 
 
 def sinusoidal(values: Tensor, dim: int) -> Tensor:

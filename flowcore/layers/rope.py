@@ -26,14 +26,13 @@ def axial_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
     Shapes: positions `b n a`; frequencies `nh f a`; result `b nh n (f a)`.
     """
     # A broadcast product, not a matrix product: autocast would compute the latter in half precision.
-    angles = rearrange(positions.float(), "b n a -> b 1 n 1 a") * rearrange(
-        frequencies.float(), "nh f a -> nh 1 f a"
-    )
+    places = rearrange(positions.float(), "b n a -> b 1 n 1 a")
+    angles = places * rearrange(frequencies.float(), "nh f a -> nh 1 f a")
     return rearrange(angles, "b nh n f a -> b nh n (f a)")
 
 
 def rotate_pairs(x: Tensor, by: Rotation) -> Tensor:
-    """Return x with channels (2q, 2q+1) turned by pair q's angle; channels beyond the last pair pass unchanged.
+    """Return x with channels (2q, 2q+1) turned by pair q's angle; channels beyond the last pair pass.
 
     Shapes: x `b nh n e`. The product is computed in float32, the result has the dtype of x.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 15, interleaved form.

@@ -1,4 +1,4 @@
-"""The architectures: one row each in `ARCHITECTURES`, and `detect`, which finds the row that a file belongs to."""
+"""The architectures, a row each in `ARCHITECTURES`, and `detect`, which finds the row of a file."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A foreign naming of an architecture's tensors. settings: configuration fields that the layout implies."""
+    """A foreign naming of an architecture's tensors; settings are configuration fields that it implies."""
 
     name: str
     is_match: Callable[[Collection[str]], bool]
@@ -32,11 +32,20 @@ class Layout:
 class Architecture:
     """One architecture: how to recognise, build, and call its models.
 
-    model: (config, *, ops, device, dtype) -> module. config_from_dict: fields -> configuration. infer_config:
-    (tensors by bare names, metadata) -> configuration. is_match: whether bare names are this architecture's.
-    velocity: (forward, latents, sigma, conditioning, **options) -> velocity. size_conditions: (config, height,
-    width of the latents) -> `Conditioning.extras` that depend on the size alone, batch 1. latent_spec: the name
-    of the latent space when a file states none. prefixes: what files put before the bare names.
+    Attributes:
+        name: as in metadata and training configurations.
+        model: (config, *, ops, device, dtype) -> module.
+        presets: named configurations.
+        config_from_dict: JSON-like fields -> configuration.
+        infer_config: (tensors by bare names, metadata) -> configuration.
+        is_match: whether bare names are this architecture's.
+        velocity: (forward, latents, sigma, conditioning, **options) -> velocity.
+        latent_channels: configuration -> channels of its latents.
+        size_extras: (configuration, width, height of the image) -> the `Conditioning.extras` that follow from
+            the size alone, batch 1.
+        latent_spec: name of the latent space where a file states none.
+        prefixes: what files put before the bare names.
+        layouts: foreign namings that are converted on loading.
     """
 
     name: str
@@ -46,7 +55,8 @@ class Architecture:
     infer_config: Callable[[Mapping[str, Tensor], Mapping[str, str] | None], Any]
     is_match: Callable[[Collection[str]], bool]
     velocity: Callable[..., Tensor]
-    size_conditions: Callable[[Any, int, int], dict[str, Tensor]]
+    latent_channels: Callable[[Any], int]
+    size_extras: Callable[[Any, int, int], dict[str, Tensor]]
     latent_spec: str
     prefixes: tuple[str, ...]
     layouts: tuple[Layout, ...] = ()
@@ -61,7 +71,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         infer_config=xut.infer_config,
         is_match=xut.is_match,
         velocity=xut.velocity,
-        size_conditions=xut.size_conditions,
+        latent_channels=lambda config: config.input_dim,
+        size_extras=xut.size_extras,
         latent_spec="eq-sdxl",
         prefixes=("model.diffusion_model.", "diffusion_model.", "unet.model.", "transformer.", "model.", ""),
         layouts=(Layout(name="jax", is_match=is_jax, convert=jax_to_reference, settings=JAX_SETTINGS),),

@@ -1,4 +1,4 @@
-"""Weight files of models: reading without copying, building a model from them, writing them whole or not at all."""
+"""Weight files of models: read without copying, made into a model, written whole or not at all."""
 
 import datetime
 import json
@@ -40,9 +40,9 @@ class LoadedModel:
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and string metadata of a weight file, on the CPU.
 
-    Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, a folder
-    with one or with an index of several, or a torch file (.pt, .pth, .ckpt, .bin), of which nothing but tensors
-    in plain containers is read and no code is run.
+    Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, a
+    folder with one or with an index of several, or a torch file (.pt, .pth, .ckpt, .bin), of which only tensors
+    in plain containers are read; no code is run.
     Raises: CheckpointError that names the file, and the tensor where it is one.
     """
     path = Path(path)
@@ -68,7 +68,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     ops: Ops = TORCH_OPS,
 ) -> LoadedModel:
-    """Return the model that a file holds, in evaluation mode; architecture and sizes are read from its tensors.
+    """Return the model of a file, in evaluation mode; architecture and sizes are read from its tensors.
 
     dtype: of the weights; None = as stored. With the file's own dtype and device "cpu" nothing is copied.
     Raises: CheckpointError that names the file, what is wrong, and the first five keys concerned.
@@ -94,7 +94,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     ops: Ops = TORCH_OPS,
 ) -> LoadedModel:
-    """Return the model of tensors already read; `load_model` says the rest. source: where from, for messages."""
+    """Return the model of tensors already read, as `load_model`; source says where from, for messages."""
     architecture, prefix = detect(tensors.keys())
     state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     layout = find_layout(architecture, state.keys())
@@ -132,7 +132,7 @@ def save_model(
     config: ModelConfig,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model's tensors and its description to a safetensors file, replacing an earlier one in one step.
+    """Write a model's tensors and description to a safetensors file, replacing an earlier one in one step.
 
     metadata: further entries; they win over the standard `modelspec.*` and `flowcore.*` ones.
     Raises: CheckpointError if the file cannot be written.
@@ -215,7 +215,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise CheckpointError(
-            f"{path} must be a torch file of tensors in plain containers, got {reason[:200]}; convert it to safetensors"
+            f"{path} must be a torch file of tensors in plain containers, got {reason[:200]}; "
+            "convert it to safetensors"
         ) from err
     while isinstance(loaded, Mapping):
         inner = next((loaded[name] for name in _CONTAINERS if isinstance(loaded.get(name), Mapping)), None)

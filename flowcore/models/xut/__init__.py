@@ -2,7 +2,7 @@
 
 from .config import PRESETS, TreadConfig, XUTConfig, infer_config, is_match
 from .model import XUDiT
-from .velocity import size_conditions, velocity
+from .velocity import size_extras, velocity
 
 __all__ = [
     "PRESETS",
@@ -11,6 +11,6 @@ __all__ = [
     "XUTConfig",
     "infer_config",
     "is_match",
-    "size_conditions",
+    "size_extras",
     "velocity",
 ]

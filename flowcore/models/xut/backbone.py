@@ -1,4 +1,4 @@
-"""The U: encoder stages, then decoder stages that look back at what the encoder ended with; and token routing."""
+"""The U: encoder stages, then decoder stages that look back at the encoder's end; and token routing."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,8 +17,8 @@ from .config import XUTConfig
 class Backbone(nn.Module):
     """Encoder and decoder stages of blocks.
 
-    The first block of every decoder stage cross-attends to the output of the last encoder stage. The report draws
-    mirrored pairs; code and weights have none.
+    The first block of every decoder stage cross-attends to the output of the last encoder stage. The report
+    draws mirrored pairs; code and weights have none.
     """
 
     def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
@@ -118,7 +118,7 @@ class Routing:
 
 
 def choose_tokens(batch: int, count: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Return the indices `b k` of the tokens that stay when the share `rate` is dropped, k = count - int(count rate).
+    """Return the indices `b k` of the tokens that stay, k = count - int(count * rate).
 
     Every sample has its own random choice; indices are ascending, on the generator's device.
     """

@@ -33,8 +33,8 @@ class SharedModulation(NamedTuple):
 class Signals:
     """What steers the blocks, the same for all blocks of a stack.
 
-    Shapes: condition `b 1 d`; positions `b n 2` or `1 n 2`, None = no rotation; bias, context_bias broadcastable
-    to `b nh n n` and `b nh n m`; context `b m k`, the text that blocks cross-attend to.
+    Shapes: condition `b 1 d`; positions `b n 2` or `1 n 2`, None = no rotation; bias and context_bias
+    broadcastable to `b nh n n` and `b nh n m`; context `b m k`, the text that blocks cross-attend to.
     """
 
     condition: Tensor
@@ -236,9 +236,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where context_dim is given, feed-forward; each normed, modulated and gated.
+    """Self-attention, cross-attention if context_dim is given, feed-forward; each normed, modulated, gated.
 
-    In the reference the residual is the normed, modulated stream h, not the stream itself: x = h + gate * f(h).
+    In the reference the residual is the normed, modulated stream h, not the stream: x = h + gate * f(h).
     """
 
     def __init__(self, config: XUTConfig, context_dim: int | None, *, ops: Ops, **where: Any) -> None:
@@ -255,7 +255,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, signals: Signals, attention: AttentionFn, encoded: Tensor | None = None
     ) -> Tensor:
-        """Return the stream `b n d` after the block; encoded `b n d` is what a decoder stage's first block reads."""
+        """Return the stream `b n d` after the block; encoded `b n d` goes to a stage's first decoder block."""
         condition, positions = signals.condition, signals.positions
         shared = signals.shared or (None, None, None)
 
@@ -276,7 +276,7 @@ class Block(nn.Module):
         return gated_sum(x if self.is_prenorm else h, gate, branch)
 
     def _cross_source(self, x: Tensor, signals: Signals, encoded: Tensor | None) -> "_CrossSource":
-        """The encoder's output at the stream's own positions (in the JAX port the stream itself), or the text."""
+        """The encoder's output (in the JAX port the stream itself) at the stream's positions, or the text."""
         if encoded is None:
             assert signals.context is not None  # the model checks that text is there
             return _CrossSource(signals.context, None, signals.context_bias)

@@ -20,7 +20,7 @@ SkipSource = Literal["encoder", "self"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreadConfig:
-    """Token routing: plain blocks before and after the backbone, and the share dropped in between in training."""
+    """Token routing: plain blocks before and after the backbone, and the share that training drops."""
 
     prev_trns_depth: int
     post_trns_depth: int
@@ -176,14 +176,14 @@ PRESETS: Mapping[str, XUTConfig] = {
     "hdm-xut-340m": XUTConfig(depth=4, dec_blocks=3, addon_info_embs_dim=1, tread_config=_HDM_TREAD),
     "hdm-xut-large": replace(_LARGE, ctx_dim=1152, addon_info_embs_dim=1, tread_config=_HDM_TREAD),
 }
-"""xut-small, xut-large-640: the two sizes of the JAX port. hdm-*: those of the HDM report; 340m is published."""
+"""xut-small, xut-large-640: the sizes of the JAX port. hdm-*: those of the HDM report; 340m is published."""
 
 
 def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> XUTConfig:
     """Return the configuration that tensors with bare XUT names have.
 
-    Shapes decide whatever they can. `flowcore.config` of the metadata is asked only for the rest (context size,
-    routing rate, `residual`, `skip_source`, `ln_eps`); without it those have the reference's defaults.
+    Shapes decide whatever they can. `flowcore.config` of the metadata is asked only for the rest (context
+    size, routing rate, `residual`, `skip_source`, `ln_eps`); without it those have the reference's defaults.
     Raises: CheckpointError if a tensor that is needed is missing or has a shape no XUT model has.
     """
     reader = _Reader(tensors)

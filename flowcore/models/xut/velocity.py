@@ -52,6 +52,6 @@ def velocity(
     return result.to(latents.dtype)
 
 
-def size_conditions(config: XUTConfig, height: int, width: int) -> dict[str, Tensor]:
-    """Return the extras that follow from the size of the latents: ln(width / height) where the model reads it."""
+def size_extras(config: XUTConfig, width: int, height: int) -> dict[str, Tensor]:
+    """Return the extras that follow from the image's size: ln(width / height) where the model reads it."""
     return {"addon_info": log_aspect(height, width)} if config.addon_info_embs_dim == 1 else {}
