@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from sys import stdout
 from typing import NoReturn
 
 from PIL import Image
@@ -73,7 +73,7 @@ def _write(options: argparse.Namespace) -> int:
         split=options.split,
         is_forced=options.force,
     )
-    stdout.write(f"{options.count} scenes written to {options.folder}\n")
+    sys.stdout.write(f"{options.count} scenes written to {options.folder}\n")
     return DONE
 
 
@@ -87,7 +87,7 @@ def _judge(options: argparse.Namespace) -> int:
         captions.append(caption)
         verdicts.append(verdict)
     shares = accuracy(verdicts)
-    stdout.write(_table(verdicts, shares))
+    sys.stdout.write(_table(verdicts, shares))
     if options.json is not None:
         images = [
             {"file": str(path), "caption": caption, **verdict}

@@ -13,6 +13,8 @@ from .draw import MIN_SIZE, draw
 from .errors import SceneError
 from .scene import ObjectCount, Scene, Split, random_scene
 
+_MAX_SIZE = 4096
+
 
 def iterate_scenes(
     count: int, seed: int, *, objects: ObjectCount = "one", split: Split = "train"
@@ -54,8 +56,10 @@ def write_folder(
         tqdm(scenes, total=count, desc="scenes", unit="image", disable=is_quiet)
     ):
         path = folder / f"scene-{index:06d}.png"
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         draw(scene, size).save(path)
+        path.with_suffix(".txt").write_text(
+            caption + "\n", encoding="utf-8", newline="\n"
+        )  # last: picture is whole
 
 
 def _check(folder: Path, count: int, seed: int, size: int, *, is_forced: bool) -> None:
@@ -63,8 +67,8 @@ def _check(folder: Path, count: int, seed: int, size: int, *, is_forced: bool) -
         raise SceneError(f"count must be at least 1, got {count}")
     if seed < 0:
         raise SceneError(f"seed must be 0 or more, got {seed}")
-    if size < MIN_SIZE:
-        raise SceneError(f"size must be at least {MIN_SIZE} pixels, got {size}")
+    if not MIN_SIZE <= size <= _MAX_SIZE:
+        raise SceneError(f"size must be {MIN_SIZE} to {_MAX_SIZE} pixels, got {size}")
     if folder.exists() and not folder.is_dir():
         raise SceneError(f"{folder} must be a folder, got a file; name another folder")
     if folder.exists() and not is_forced and any(folder.iterdir()):
