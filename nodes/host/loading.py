@@ -1,0 +1,102 @@
+"""A diffusion model file to ComfyUI's MODEL, through flowcore's own strict loading."""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...flowcore.errors import CheckpointError, ConfigError
+from ...flowcore.weights.checkpoint import LoadedModel, load_model as read_model
+from .latent_formats import format_of
+from .model_config import FlowCoreConfig
+
+logger = logging.getLogger("flowcore")
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
+    """Return the model of a file, and a line about it.
+
+    Raises: CheckpointError or ConfigError, naming the file or the setting.
+    """
+    if weight_dtype != "default" and weight_dtype not in _DTYPES:
+        raise ConfigError(f"weight_dtype must be default or one of {', '.join(_DTYPES)}, got {weight_dtype!r}")
+    with torch.inference_mode(False):
+        loaded = read_model(path)  # nothing is copied: the tensors lie in the mapped file
+        model_config = FlowCoreConfig(
+            loaded.architecture.name,
+            loaded.config,
+            format_of(loaded.metadata, loaded.architecture.latent_spec, path.name),
+        )
+        state = loaded.model.state_dict()
+        _check_floating(state, path.name)
+        parameters = comfy.utils.calculate_parameters(state)
+        dtype = _choose_dtype(model_config, state, parameters, weight_dtype)
+        patcher = _build(model_config, state, dtype, mm.unet_inital_load_device(parameters, dtype))
+    return patcher, _describe(loaded, model_config, parameters, dtype)
+
+
+def _check_floating(state: dict[str, Tensor], source: str) -> None:
+    """Refuse whole numbers. Raises: CheckpointError."""
+    whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if whole:
+        raise CheckpointError(
+            f"weights in {source} must be floating-point numbers, got {state[whole[0]].dtype} for {whole[0]} "
+            f"and {len(whole) - 1} more; use the file before quantisation"
+        )
+
+
+def _choose_dtype(
+    model_config: FlowCoreConfig, state: dict[str, Tensor], parameters: int, weight_dtype: str
+) -> torch.dtype:
+    """Return the dtype of the weights, and tell the config which one ComfyUI computes in."""
+    dtypes = list(model_config.supported_inference_dtypes)
+    dtype = _DTYPES.get(weight_dtype)
+    if dtype is None:
+        stored = comfy.utils.weight_dtype(state)
+        dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=dtypes, weight_dtype=stored)
+    model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, mm.get_torch_device(), dtypes))
+    return dtype
+
+
+def _build(
+    model_config: FlowCoreConfig, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> ModelPatcher:
+    """Return the model with copies of the weights: the file may be replaced while they are in use."""
+    model = model_config.get_model(state, "", device=torch.device("meta"))
+    linear = {f"{name}.weight" for name, layer in model.diffusion_model.named_modules() if hasattr(layer, "in_features")}
+    # Eight bits are for matrices; norms, biases and rotary frequencies are small and would lose too much.
+    other = (model_config.manual_cast_dtype or dtype) if dtype in _FP8 else dtype
+    buffers = {name for name, _ in model.diffusion_model.named_buffers()}
+    copies = {
+        name: tensor.to(
+            device=device, dtype=None if name in buffers else dtype if name in linear else other, copy=True
+        )
+        for name, tensor in state.items()
+    }
+    model.diffusion_model.load_state_dict(copies, strict=True, assign=True)
+    model.diffusion_model.requires_grad_(False)
+    model.device = device
+    return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def _describe(loaded: LoadedModel, model_config: FlowCoreConfig, parameters: int, dtype: torch.dtype) -> str:
+    """Return what a user wants to know about the file."""
+    spec = model_config.latent_format.spec
+    text = loaded.config.ctx_dim
+    return (
+        f"{loaded.architecture.name}: {parameters / 1e6:.1f} million parameters in {str(dtype).split('.')[-1]}; "
+        f"text states {'none' if text is None else f'{text} wide'}; "
+        f"latents {spec.name}, {spec.channels} channels, 1/{spec.downscale}"
+    )

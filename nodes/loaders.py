@@ -1,0 +1,139 @@
+"""Loaders: a weight file to ComfyUI's own MODEL, CLIP or VAE, with the architecture found in the file."""
+
+from comfy_api.latest import io
+
+from .files import Kind, check, choices, find, fingerprint
+from .schema import schema
+
+DTYPES = ("default", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2")
+TEXT_MODES = ("sequence", "pooled")
+
+
+class LoadModel(io.ComfyNode):
+    """A diffusion model as MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FlowCoreLoadModel",
+            display_name="Load FlowCore Model",
+            category="FlowCore/loaders",
+            description="Loads a diffusion model for the stock samplers. The architecture is found in the file.",
+            search_aliases=["load diffusion model", "unet loader", "checkpoint", "xut", "flowcore"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=choices(Kind.MODEL),
+                    tooltip="File in models/diffusion_models, or one of the bundled models (flowcore-...).",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    tooltip="Precision of the weights in memory. 'default' suits the device; fp8 halves the memory "
+                    "of 16-bit weights at some loss of quality.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Model for KSampler and every other stock node."),
+                io.String.Output(display_name="info", tooltip="Architecture, size and latent space of the file."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        return check(Kind.MODEL, model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, weight_dtype: str) -> str:
+        return f"{fingerprint(Kind.MODEL, model_name)}-{weight_dtype}"
+
+    @classmethod
+    def execute(cls, *, model_name: str, weight_dtype: str = "default") -> io.NodeOutput:
+        """Return the model and a line about it."""
+        from .host.loading import load_model
+
+        return io.NodeOutput(*load_model(find(Kind.MODEL, model_name), weight_dtype))
+
+
+class LoadTextEncoder(io.ComfyNode):
+    """A text encoder as CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FlowCoreLoadTextEncoder",
+            display_name="Load FlowCore Text Encoder",
+            category="FlowCore/loaders",
+            description="Loads a Gemma-3 text encoder with its tokenizer, for the stock CLIP Text Encode node. Offline.",
+            search_aliases=["load clip", "text encoder", "gemma", "flowcore"],
+            inputs=[
+                io.Combo.Input(
+                    "clip_name",
+                    options=choices(Kind.TEXT),
+                    tooltip="File in models/text_encoders, or a bundled encoder (flowcore-...). Beside a file from "
+                    "elsewhere its config.json and tokenizer.json must lie.",
+                ),
+                io.Combo.Input(
+                    "text_mode",
+                    options=list(TEXT_MODES),
+                    default="sequence",
+                    tooltip="'sequence' gives the model every token; 'pooled' one vector for the whole prompt. "
+                    "Choose what the model was trained with.",
+                ),
+            ],
+            outputs=[io.Clip.Output(display_name="clip", tooltip="Text encoder for CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, clip_name: str) -> bool | str:
+        return check(Kind.TEXT, clip_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, clip_name: str, text_mode: str) -> str:
+        return f"{fingerprint(Kind.TEXT, clip_name)}-{text_mode}"
+
+    @classmethod
+    def execute(cls, *, clip_name: str, text_mode: str = "sequence") -> io.NodeOutput:
+        """Return the text encoder."""
+        from .host.text import load_clip
+
+        return io.NodeOutput(load_clip(find(Kind.TEXT, clip_name), text_mode))
+
+
+class LoadVAE(io.ComfyNode):
+    """An autoencoder as VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FlowCoreLoadVAE",
+            display_name="Load FlowCore VAE",
+            category="FlowCore/loaders",
+            description="Loads a KL autoencoder (SD, SDXL, EQ-SDXL, FLUX.1 or bundled) for the stock VAE nodes.",
+            search_aliases=["load vae", "autoencoder", "decode", "flowcore"],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=choices(Kind.VAE),
+                    tooltip="File in models/vae, or a bundled VAE (flowcore-...). It must be the one that the model "
+                    "was trained with.",
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="VAE for VAE Decode and VAE Encode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str) -> bool | str:
+        return check(Kind.VAE, vae_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str) -> str:
+        return fingerprint(Kind.VAE, vae_name)
+
+    @classmethod
+    def execute(cls, *, vae_name: str) -> io.NodeOutput:
+        """Return the autoencoder."""
+        from .host.vae import load_comfy_vae
+
+        return io.NodeOutput(load_comfy_vae(find(Kind.VAE, vae_name)))

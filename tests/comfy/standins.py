@@ -1,0 +1,110 @@
+"""Small models with random weights, written by flowcore's own functions into a ComfyUI models folder."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from flowcore.models.xut import XUDiT, XUTConfig
+from flowcore.text.gemma3 import build_text_model, save_text_encoder
+from flowcore.text.word_tokenizer import build_word_tokenizer
+from flowcore.vae.autoencoder import save_autoencoder
+from flowcore.vae.latent_spec import LatentSpec
+from flowcore.weights.atomic import write_tensors
+from flowcore.weights.checkpoint import save_model
+
+MODEL, TEXT, VAE, LORA = "standin-xut.safetensors", "standin-text.safetensors", "standin-vae.safetensors", "standin-lora.safetensors"
+WORDS = "a red green blue circle square star left right of above below the on white black background".split()
+WIDTH = 32
+CONFIG = XUTConfig(
+    input_dim=16, dim=64, ctx_dim=WIDTH, ctx_size=8, heads=4, dim_head=16, mlp_dim=96, depth=2, dec_blocks=1
+)
+SPEC = LatentSpec(
+    name="standin",
+    channels=16,
+    downscale=8,
+    mean=tuple(0.1 * i for i in range(16)),
+    std=tuple(1 + 0.1 * i for i in range(16)),
+)
+LORA_TARGETS = ("backbone.enc_blocks.0.0.attn.qkv", "backbone.dec_blocks.1.0.mlp.w3", "ctx_proj", "in_patch.proj")
+
+
+def write_standins(models: Path) -> None:
+    """Write a model, a text encoder, a VAE and a LoRA under their folders in a ComfyUI models folder."""
+    for folder in ("diffusion_models", "text_encoders", "vae", "loras"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+    write_model(models / "diffusion_models" / MODEL)
+    write_text(models / "text_encoders" / TEXT)
+    write_vae(models / "vae" / VAE)
+    write_lora(models / "loras" / LORA)
+
+
+def write_model(path: Path, *, seed: int = 1, config: XUTConfig = CONFIG) -> None:
+    """Write an XUT whose every weight counts, also those that training starts at zero."""
+    model = _randomised(XUDiT(config), seed)
+    metadata = {
+        "flowcore.latents_mean": _json(SPEC.mean),
+        "flowcore.latents_std": _json(SPEC.std),
+        "flowcore.latent_rgb_factors": _json([[0.1 * (i % 3), 0.05, -0.02 * i] for i in range(SPEC.channels)]),
+        "flowcore.latent_rgb_bias": "[0.0, 0.1, -0.1]",
+        "flowcore.text_encoder": TEXT,
+        "flowcore.vae": VAE,
+        "flowcore.text_mode": "sequence",
+    }
+    save_model(path, model.state_dict(), architecture="xut", config=config, metadata=metadata)
+
+
+def write_text(path: Path) -> None:
+    """Write a Gemma-3 of two layers with a tokenizer of whole words."""
+    tokenizer = build_word_tokenizer(WORDS)
+    config = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16,
+        "max_position_embeddings": 128, "sliding_window": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(2)
+    save_text_encoder(path, build_text_model(config), tokenizer)
+
+
+def write_vae(path: Path) -> None:
+    """Write a KL autoencoder of the demo's layout, narrower."""
+    torch.manual_seed(3)
+    module = AutoencoderKL(
+        latent_channels=16, block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True,
+    )  # fmt: skip
+    save_autoencoder(path, module, SPEC)
+
+
+def write_lora(path: Path, rank: int = 2) -> None:
+    """Write a LoRA in the key form that training exports."""
+    shapes = {name: tensor.shape for name, tensor in XUDiT(CONFIG, device="meta").state_dict().items()}
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for target in LORA_TARGETS:
+        rows, columns, *kernel = shapes[f"{target}.weight"]
+        one = [1] * len(kernel)
+        tensors[f"diffusion_model.{target}.lora_A.weight"] = torch.randn(rank, columns, *kernel, generator=generator) * 0.3
+        tensors[f"diffusion_model.{target}.lora_B.weight"] = torch.randn(rows, rank, *one, generator=generator) * 0.3
+        tensors[f"diffusion_model.{target}.alpha"] = torch.tensor(float(rank))
+    write_tensors(path, tensors, {"flowcore.arch": "xut"})
+
+
+def _randomised(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 * fan_in**-0.5)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def _json(values: object) -> str:
+    import json
+
+    return json.dumps(values)
