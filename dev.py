@@ -130,7 +130,7 @@ def install_files(folder: Path, files: list[Path], more: list[str]) -> None:
 def pip_install(folder: Path, arguments: list[str]) -> None:
     """Run `pip install` in the environment, with its progress on stderr.
 
-    Raises: SetupError with pip's own last error, or with the remedy if the package index was out of reach.
+    Raises: SetupError with pip's first error, or with the remedy if the package index was out of reach.
     """
     command = [
         str(environment_python(folder)),
@@ -154,8 +154,9 @@ def pip_install(folder: Path, arguments: list[str]) -> None:
             "the package index could not be reached; connect to the network, or set PIP_PROXY or "
             "PIP_INDEX_URL, and run the same command again"
         )
-    reason = last_line("".join(line for line in errors if line.startswith("ERROR")))
-    raise SetupError(f"pip could not install the packages: {reason or f'exit code {process.returncode}'}")
+    reasons = [line.removeprefix("ERROR:").strip() for line in errors if line.startswith("ERROR:")]
+    reason = reasons[0] if reasons else f"exit code {process.returncode}"
+    raise SetupError(f"pip could not install the packages: {reason}")
 
 
 def digest_of(*parts: bytes) -> str:
