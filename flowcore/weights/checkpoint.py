@@ -4,8 +4,8 @@ import datetime
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +41,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and string metadata of a weight file, on the CPU.
 
     Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, a
-    folder with one or with an index of several, or a torch file (.pt, .pth, .ckpt, .bin), of which only tensors
-    in plain containers are read; no code is run.
+    folder with one or with an index of several, or a torch file (.pt, .pth, .ckpt, .bin), of which only the
+    tensors in plain containers are read; no code is run.
     Raises: CheckpointError that names the file, and the tensor where it is one.
     """
-    path = Path(path)
-    if path.is_dir():
-        tensors, metadata = _read_folder(path)
-    elif not path.is_file():
-        raise CheckpointError(f"{path} must be a weight file or a folder with one, got nothing there")
-    elif path.suffix in _PICKLED:
-        tensors, metadata = _read_pickled(path), {}
-    else:
-        tensors, metadata = _read_safetensors(path)
-    for name in [name for name in tensors if name.rsplit(".", 1)[-1] == METADATA_TENSOR]:
-        metadata = _tensor_to_metadata(path, name, tensors.pop(name)) | metadata
-    if not tensors:
-        raise CheckpointError(f"{path} must hold tensors, got none")
-    return tensors, metadata
+    contents = _read(Path(path))
+    return contents.tensors, contents.metadata
 
 
 def load_model(
@@ -73,12 +61,20 @@ def load_model(
     dtype: of the weights; None = as stored. With the file's own dtype and device "cpu" nothing is copied.
     Raises: CheckpointError that names the file, what is wrong, and the first five keys concerned.
     """
-    tensors, metadata = read_tensors(path)
+    contents = _read(Path(path))
     settings = Path(path) / "config.json"
-    if "flowcore.config" not in metadata and settings.is_file():
-        metadata["flowcore.config"] = settings.read_text(encoding="utf-8")
+    if "flowcore.config" not in contents.metadata and settings.is_file():
+        contents.metadata["flowcore.config"] = settings.read_text(encoding="utf-8")
     try:
-        return build_model(tensors, metadata, source=str(path), device=device, dtype=dtype, ops=ops)
+        return build_model(
+            contents.tensors,
+            contents.metadata,
+            source=str(path),
+            device=device,
+            dtype=dtype,
+            ops=ops,
+            reread=contents.reread,
+        )
     except CheckpointError as err:
         raise err if str(path) in str(err) else CheckpointError(f"{path}: {err}") from err
     except FlowCoreError as err:
@@ -93,8 +89,14 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     ops: Ops = TORCH_OPS,
+    reread: Callable[[str], Tensor] | None = None,
 ) -> LoadedModel:
-    """Return the model of tensors already read, as `load_model`; source says where from, for messages."""
+    """Return the model of tensors already read, as `load_model`.
+
+    source: where the tensors are from, for messages. reread: gives a tensor that is converted anew, so that
+    the memory of each can be returned at once; the default converts the tensors given.
+    Raises: as `load_model`.
+    """
     architecture, prefix = detect(tensors.keys())
     state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     layout = find_layout(architecture, state.keys())
@@ -112,7 +114,9 @@ def build_model(
     }
     check_strict(expected, state, source=source, what=f"{architecture.name} model")
     for name, tensor in state.items():
-        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        is_as_stored = target == tensor.dtype or reread is None or layout is not None
+        state[name] = (tensor if is_as_stored else reread(prefix + name)).to(device, target)
     model.load_state_dict(state, strict=True, assign=True)
     model.to(device).eval()
     ignored = len(tensors) - len(state)
@@ -149,10 +153,50 @@ def save_model(
     write_tensors(path, state_dict, {**standard, **(metadata or {})})
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contents:
+    """Tensors and metadata of a file, and the safetensors file that each tensor lies in."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    places: dict[str, Path] = field(default_factory=dict)
+
+    def reread(self, name: str) -> Tensor:
+        """Return a tensor in a mapping of its own, whose memory goes with the tensor."""
+        if name not in self.places:
+            return self.tensors[name]
+        with safe_open(self.places[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def _read(path: Path) -> _Contents:
+    if path.is_dir():
+        contents = _read_folder(path)
+    elif not path.is_file():
+        raise CheckpointError(f"{path} must be a weight file or a folder with one, got nothing there")
+    elif path.suffix in _PICKLED:
+        contents = _Contents(tensors=_read_pickled(path), metadata={})
+    else:
+        contents = _read_safetensors(path)
+    tensors = contents.tensors
+    for name in [name for name in tensors if name.rsplit(".", 1)[-1] == METADATA_TENSOR]:
+        notes = _tensor_to_metadata(path, name, tensors.pop(name))
+        contents.metadata.update({key: notes[key] for key in notes if key not in contents.metadata})
+    if not tensors:
+        raise CheckpointError(f"{path} must hold tensors, got none")
+    return contents
+
+
+def _read_safetensors(path: Path) -> _Contents:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = list(file.keys())
+            return _Contents(
+                tensors={name: file.get_tensor(name) for name in names},
+                metadata=dict(file.metadata() or {}),
+                places=dict.fromkeys(names, path),
+            )
     except (SafetensorError, OSError, ValueError) as err:
         raise CheckpointError(
             f"{path} must be a complete safetensors file, got {_fault(path, err)}; download or copy it again"
@@ -172,7 +216,7 @@ def _fault(path: Path, err: Exception) -> str:
     return f"{path.stat().st_size} bytes that do not fit ({err})"
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_folder(path: Path) -> _Contents:
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
         return _read_shards(indices[0])
@@ -186,27 +230,27 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _read_safetensors(files[0])
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_shards(index: Path) -> _Contents:
     """Return the tensors of all files that an index names; each tensor must be where the index says."""
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{index} must be JSON with a weight_map, got a fault at {err}") from err
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
+    contents = _Contents(tensors={}, metadata={})
     for name in sorted(set(places.values())):
         shard = index.parent / name
         if not shard.is_file():
             raise CheckpointError(f"{shard} must be there, for {index.name} names it, got nothing")
-        part, notes = _read_safetensors(shard)
-        tensors |= part
-        metadata |= notes
-    missing = [name for name in places if name not in tensors]
+        part = _read_safetensors(shard)
+        contents.tensors.update(part.tensors)
+        contents.metadata.update(part.metadata)
+        contents.places.update(part.places)
+    missing = [name for name in places if name not in contents.tensors]
     if missing:
         raise CheckpointError(
             f"{index} must name tensors that its files hold, got {missing[0]} in none of them"
         )
-    return tensors, metadata
+    return contents
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:

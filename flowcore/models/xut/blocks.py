@@ -255,7 +255,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, signals: Signals, attention: AttentionFn, encoded: Tensor | None = None
     ) -> Tensor:
-        """Return the stream `b n d` after the block; encoded `b n d` goes to a stage's first decoder block."""
+        """Return the stream `b n d` after the block; encoded `b n d` is read by a first decoder block."""
         condition, positions = signals.condition, signals.positions
         shared = signals.shared or (None, None, None)
 
