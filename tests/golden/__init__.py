@@ -1,0 +1,1 @@
+"""Comparison of the project's results with stored ones: `python -m tests.golden`."""
