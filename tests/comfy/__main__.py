@@ -1,0 +1,103 @@
+"""`python -m tests.comfy --version V` prepares ComfyUI; `python -m tests.comfy run [WORKFLOW.json]` starts it.
+
+The extension is linked into the server's custom_nodes. With a workflow in API form it is run, the files it made are
+printed, and the server ends; without one the server runs until Ctrl-C.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from .install import VERSION, NotAvailableError, find_comfyui, find_python
+from .server import Server, ServerError
+
+
+def main() -> int:
+    """Return the exit code: 0, 1 for a failed run, 2 for arguments that cannot be used."""
+    options = _parser().parse_args()
+    try:
+        comfyui = find_comfyui(options.version)
+        if options.command is None:
+            print(comfyui)
+            return 0
+        return _run(options, comfyui)
+    except (NotAvailableError, ServerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.comfy", description="ComfyUI with this extension linked.")
+    parser.add_argument("--version", default=VERSION, help="tag of ComfyUI that is looked for or cloned (%(default)s)")
+    commands = parser.add_subparsers(dest="command")
+    run = commands.add_parser("run", help="start a server, and run a workflow if one is given")
+    run.add_argument("workflow", nargs="?", type=Path, help="workflow in API form; without it the server stays")
+    run.add_argument("--port", type=int, default=8188, help="port of a server that stays (%(default)s)")
+    run.add_argument("--base", type=Path, help="folder for models, input, output and user (default: a temporary one)")
+    run.add_argument("--cpu", action="store_true", help="use no accelerator even if there is one")
+    return parser
+
+
+def _run(options: argparse.Namespace, comfyui: Path) -> int:
+    prompt = None
+    if options.workflow is not None:
+        prompt = _read_prompt(options.workflow)
+        if prompt is None:
+            return 2
+    arguments = ("--cpu",) if options.cpu or not _has_accelerator(find_python()) else ()
+    port = options.port if prompt is None else None
+    base = None if options.base is None else options.base.resolve()
+    with Server(comfyui, find_python(), base=base, arguments=arguments, port=port) as server:
+        print(f"ComfyUI is at {server.url}, its folders in {server.base}", file=sys.stderr)
+        if prompt is None:
+            return _stay(server)
+        entry = server.run(prompt, seconds=3600)
+        for image in server.images(entry):
+            print(_keep(image), flush=True)
+    return 0
+
+
+def _read_prompt(path: Path) -> dict | None:
+    """Return the prompt of a file; None, with a line on stderr, if it is none in API form."""
+    try:
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"error: {path} must be a workflow in JSON, got {error}", file=sys.stderr)
+        return None
+    if not isinstance(prompt, dict) or not all(isinstance(n, dict) and "class_type" in n for n in prompt.values()):
+        print(f"error: {path} must be in API form; export it with 'Export (API)' in ComfyUI", file=sys.stderr)
+        return None
+    return prompt
+
+
+def _stay(server: Server) -> int:
+    """Wait until the server ends or the user ends it."""
+    print("press Ctrl-C to end it", file=sys.stderr)
+    try:
+        while server.is_alive():
+            time.sleep(2)
+    except KeyboardInterrupt:
+        return 0
+    raise ServerError(f"ComfyUI ended:\n{server.log()[-2000:]}")
+
+
+def _keep(image: bytes) -> Path:
+    """Write a picture into the current folder under a name that is free, and return it."""
+    number = 1
+    while (path := Path(f"comfyui-{number:03}.png")).exists():
+        number += 1
+    path.write_bytes(image)
+    return path
+
+
+def _has_accelerator(python: Path) -> bool:
+    import subprocess
+
+    code = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False).stdout.strip() == "True"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
