@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from torch import Tensor
 
-from training.config import Data, LoopConfig, PartConfig, load_config, validate
+from training.config import Data, Encoders, LoopConfig, PartConfig, RunConfig, load_config, validate
 from training.data.folder import scan
-from training.keys import generator
-from training.launch import launch
+from training.launch import launch, pick_device
 from training.loop import Objective, Run
+from training.scenes import parse_caption
 from training.stop import StopFlag
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -107,3 +109,99 @@ def seconds_per_step(config: LoopConfig, build: Any) -> float:
         run.advance()
         times.append(time.perf_counter() - started)
     return sorted(times)[TIMED_STEPS // 2]
+
+
+def make_text(request: Request, stop: StopFlag) -> bool:
+    """Trains the tiny Gemma-3 on the captions and writes `out/scenes-text/model.safetensors`."""
+    from flowcore.text.gemma3 import Gemma3TextEncoder, build_text_model, save_text_encoder
+    from flowcore.text.word_tokenizer import build_word_tokenizer
+    from training.objectives.language import LanguageObjective
+    from training.scenes.captions import vocabulary
+
+    config = request.part_config("demo_text")
+    samples, _ = scan(config.datasets, Data())
+    tokenizer = build_word_tokenizer(vocabulary())
+
+    def build(device: torch.device, stop: StopFlag) -> LanguageObjective:
+        del stop
+        torch.manual_seed(config.seed)
+        model = build_text_model(_gemma_settings(config.options, len(tokenizer)))
+        return LanguageObjective(
+            Gemma3TextEncoder(model, tokenizer),
+            [sample.caption for sample in samples],
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            device=device,
+        )
+
+    def finish(run: Run, folder: Path) -> None:
+        objective = run.objective
+        assert isinstance(objective, LanguageObjective)
+        model = objective.encoder.model.eval().to(torch.bfloat16)
+        save_text_encoder(request.out / TEXT_NAME / "model.safetensors", model, tokenizer)
+
+    return launch(with_minutes(config, request, build), build, finish, stop)
+
+
+def _gemma_settings(options: dict[str, float], vocab_size: int) -> dict[str, Any]:
+    """Settings of a Gemma3TextConfig from the run's options; rope, window and norms stay Gemma's."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": int(options["width"]),
+        "num_hidden_layers": int(options["layers"]),
+        "num_attention_heads": int(options["heads"]),
+        "num_key_value_heads": 1,
+        "head_dim": int(options["head_width"]),
+        "query_pre_attn_scalar": int(options["head_width"]),
+        "intermediate_size": int(options["mlp_width"]),
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+
+
+def make_model(request: Request, stop: StopFlag) -> bool:
+    """Trains the demo's flow model and writes `out/<arch>-demo/model.safetensors` with its averaged weights."""
+    from training.assemble import build_objective, prepare, save_weights, write_final
+    from training.scenes import captions_held_out
+
+    paths = [f"datasets.{i}.path={request.out / 'scenes' / folder}" for i, folder in enumerate(("one", "two"))]
+    parts = [f"encoders.{part}={_part(request.out, name)}" for part, name in (("vae", VAE_NAME), ("text", TEXT_NAME))]
+    places = [f"output.dir={request.out}", f"cache.dir={request.out / 'cache'}"]
+    config = load_config(
+        RunConfig, CONFIGS / f"{request.arch}_demo.yaml", [*places, *paths, *parts, *request.assignments]
+    )
+    prompts = tuple(captions_held_out(48, 11, "one") + captions_held_out(16, 12, "two"))
+    sampling = config.sampling.model_copy(update={"prompts": prompts})
+    prepared = prepare(config.model_copy(update={"sampling": sampling}))
+
+    def build(device: torch.device, stop: StopFlag) -> Objective:
+        return build_objective(prepared, device, stop, judge_images)
+
+    def finish(run: Run, folder: Path) -> None:
+        write_final(run, folder, prepared)
+        average = {**run.module.state_dict(), **(run.ema.average if run.ema else {})}
+        bundled = prepared.config.model_copy(update={"encoders": Encoders(vae=VAE_NAME, text=TEXT_NAME)})
+        target = request.out / f"{request.arch}-demo" / "model.safetensors"
+        save_weights(average, target, replace(prepared, config=bundled), "bfloat16")
+
+    return launch(with_minutes(prepared.config, request, build), build, finish, stop)
+
+
+def judge_images(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Share of images that show what their captions say, by attribute and number of objects."""
+    from training.scenes import accuracy, judge
+
+    pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    verdicts = [(judge(p, c), len(parse_caption(c).objects)) for p, c in zip(pixels, captions, strict=True)]
+    values = {}
+    for count, name in ((1, "one"), (2, "two")):
+        shares = accuracy([verdict for verdict, objects in verdicts if objects == count])
+        values |= {f"{name}/{attribute}": share for attribute, share in shares.items() if share is not None}
+    return values
+
+
+def _part(out: Path, name: str) -> str:
+    """A part made in `out` if it is there, else the bundled one."""
+    return str(out / name / "model.safetensors") if (out / name).exists() else name

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 CROP_CANDIDATES = 3
-WHOLE_EVERY = 10
+WHOLE_EVERY = 20
 MSE_WEIGHT, L1_WEIGHT, KL_WEIGHT = 2.0, 0.5, 3e-5
 
 
 class AutoencoderObjective:
-    """Mean of 2 MSE + 0.5 L1 + 3e-5 KL over square crops; every tenth batch sees whole pictures.
+    """Mean of 2 MSE + 0.5 L1 + 3e-5 KL over square crops; every twentieth batch sees whole pictures.
 
     Of three crops drawn for a sample the one with the most detail is taken: flat background teaches nothing.
     """

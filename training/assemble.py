@@ -1,0 +1,158 @@
+"""Builds what a flow-matching run needs from its configuration, in the order in which errors are cheapest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowcore.errors import ConfigError
+from flowcore.models import Architecture, find_architecture
+from flowcore.weights.checkpoint import load_model, save_model
+from training.config import RunConfig
+from training.data.buckets import Bucket, bucket_sizes, nearest_bucket
+from training.data.encoded import EncodedSamples
+from training.data.folder import Reject, Sample, scan
+from training.encoders import caption_encoder, image_encoder
+from training.loop import DTYPES, Run
+from training.objectives.flow_matching import FlowMatchingObjective, Judge, Recipe
+from training.stop import StopFlag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A configuration with its model's settings and its scanned data; nothing is encoded or written yet."""
+
+    config: RunConfig
+    architecture: Architecture
+    model_config: Any
+    samples: list[Sample]
+    buckets: list[Bucket]
+    rejects: list[Reject]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Checks model settings, weights and data.
+
+    Raises: ConfigError, CheckpointError, DataError, each naming the key or file.
+    """
+    architecture = find_architecture(config.model.arch)
+    model_config = _model_config(config, architecture)
+    samples, rejects = scan(config.datasets, config.data)
+    settings = config.buckets
+    sizes = bucket_sizes(settings.resolution, settings.multiple, settings.max_aspect)
+    buckets = [nearest_bucket(sample.width, sample.height, sizes) for sample in samples]
+    return Prepared(
+        config=config,
+        architecture=architecture,
+        model_config=model_config,
+        samples=samples,
+        buckets=buckets,
+        rejects=rejects,
+    )
+
+
+def _model_config(config: RunConfig, architecture: Architecture) -> Any:
+    model = config.model
+    if model.preset not in architecture.presets:
+        known = ", ".join(architecture.presets)
+        raise ConfigError(f"model.preset must be one of {known}, got {model.preset!r}")
+    fields = architecture.presets[model.preset].to_dict()
+    for path, value in model.overrides.items():
+        *parents, last = path.split(".")
+        table = fields
+        for part in parents:
+            table = table.get(part) if isinstance(table, dict) else None
+        if not isinstance(table, dict):
+            raise ConfigError(f"model.overrides: {path!r} must name a field of preset {model.preset!r}")
+        table[last] = value
+    try:
+        return architecture.config_from_dict(fields)
+    except ConfigError as err:
+        raise ConfigError(f"model.overrides: {err}") from err
+
+
+def build_model(prepared: Prepared) -> nn.Module:
+    """The model in float32: seeded random weights, or those of `model.weights`, which must fit the preset."""
+    config, architecture = prepared.config, prepared.architecture
+    if config.model.weights is None:
+        torch.manual_seed(config.seed)
+        return architecture.model(prepared.model_config)
+    loaded = load_model(config.model.weights, dtype=torch.float32)
+    if loaded.architecture is not architecture:
+        raise ConfigError(
+            f"model.weights: {config.model.weights} must hold a {architecture.name} model, "
+            f"got {loaded.architecture.name}"
+        )
+    if loaded.config != prepared.model_config:
+        raise ConfigError(
+            f"model.weights: {config.model.weights} must have the sizes of preset {config.model.preset!r} "
+            "and model.overrides, got others; choose the preset it was made with"
+        )
+    return loaded.model.train()
+
+
+def build_objective(
+    prepared: Prepared, device: torch.device, stop: StopFlag, judge: Judge | None = None
+) -> FlowMatchingObjective:
+    """The objective with all samples encoded (or found in the cache)."""
+    config, architecture = prepared.config, prepared.architecture
+    model = build_model(prepared)
+    channels = architecture.latent_channels(prepared.model_config)
+    images = image_encoder(config.encoders.vae, channels, device)
+    width, length = prepared.model_config.ctx_dim, prepared.model_config.ctx_size
+    captions = caption_encoder(config.encoders.text, width, length, device)
+    data = EncodedSamples(
+        prepared.samples,
+        prepared.buckets,
+        images,
+        captions,
+        folder=Path(config.cache.dir) if config.cache.dir else None,
+        dtype=config.cache.dtype,
+        stop=stop,
+    )
+    recipe = Recipe(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        timesteps=config.train.timesteps,
+        cond_dropout=config.train.cond_dropout,
+        sampling=config.sampling,
+        size=config.sampling.size or (config.buckets.resolution, config.buckets.resolution),
+        is_checkpointed=config.train.gradient_checkpointing,
+    )
+    objective = FlowMatchingObjective(
+        model, architecture, data, images, captions, recipe, device=device, judge=judge
+    )
+    if config.train.compile:
+        objective.module.compile()
+    return objective
+
+
+def write_final(run: Run, folder: Path, prepared: Prepared) -> None:
+    """Writes `final/model.safetensors`, and `ema.safetensors` if the run keeps an average."""
+    final = folder / "final"
+    final.mkdir(exist_ok=True)
+    save_weights(run.module.state_dict(), final / "model.safetensors", prepared)
+    if run.ema:
+        save_weights({**run.module.state_dict(), **run.ema.average}, final / "ema.safetensors", prepared)
+
+
+def save_weights(state: dict[str, Tensor], path: Path, prepared: Prepared, dtype: str | None = None) -> None:
+    """Writes weights in `output.dtype` (or `dtype`) under their original names, with what plain Python needs."""
+    config = prepared.config
+    kind = DTYPES[dtype or config.output.dtype]
+    resolution = config.sampling.size or (config.buckets.resolution, config.buckets.resolution)
+    metadata = {
+        "modelspec.title": config.output.name,
+        "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
+        **{
+            f"flowcore.{part}": name
+            for part, name in (("vae", config.encoders.vae), ("text_encoder", config.encoders.text))
+            if name
+        },
+    }
+    cast = {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}
+    save_model(path, cast, architecture=prepared.architecture, config=prepared.model_config, metadata=metadata)

@@ -1,0 +1,147 @@
+"""The two encoders of a run: images to latents, captions to token states; bundled, from files, or built in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flowcore.assets import resolve
+from flowcore.conditioning import Conditioning
+from flowcore.errors import ConfigError
+from training.files import sha256
+from training.keys import generator
+
+
+class ImageEncoder(Protocol):
+    """Pixels to model-space latents and back."""
+
+    identity: str
+    channels: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents `b c h w` of images `b 3 y x` in [-1, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `b 3 y x` in [-1, 1] of latents `b c h w`."""
+
+
+class CaptionEncoder(Protocol):
+    """Captions to conditioning."""
+
+    identity: str
+    width: int
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Context `b m d` and its mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelEncoder:
+    """Average-pooled pixels, repeated to the latent channels: needs no weights."""
+
+    channels: int
+    identity: str = "pixels-8"
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents `b c h w` at an eighth of the size."""
+        pooled = functional.avg_pool2d(images, 8)
+        return pooled.repeat(1, -(-self.channels // 3), 1, 1)[:, : self.channels]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of the first three channels."""
+        shown = latents.repeat(1, 3, 1, 1)[:, :3] if self.channels < 3 else latents[:, :3]
+        return functional.interpolate(shown, scale_factor=8.0, mode="nearest").clamp(-1, 1)
+
+
+class ByteEncoder:
+    """A fixed random vector a byte: needs no weights."""
+
+    def __init__(self, width: int, length: int) -> None:
+        """Vectors of `width`; captions are cut or padded to `length` bytes."""
+        self.width, self.length = width, length
+        self.identity = f"bytes-{width}-{length}"
+        self._table = torch.randn(257, width, generator=generator(0, "bytes"))
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One token a byte; an empty caption is one token of its own."""
+        rows = [list(prompt.encode())[: self.length] or [256] for prompt in prompts]
+        ids = torch.tensor([row + [256] * (self.length - len(row)) for row in rows])
+        mask = torch.arange(self.length) < torch.tensor([len(row) for row in rows])[:, None]
+        context = self._table[ids] * mask[..., None]
+        pooled = context.sum(1) / mask.sum(1, keepdim=True)
+        return Conditioning(context=context, context_mask=mask, pooled=pooled)
+
+
+class FileImageEncoder:
+    """An autoencoder from a file, a folder or a bundled name."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Raises: CheckpointError if the file cannot be used."""
+        from flowcore.vae.autoencoder import load_vae
+
+        self.autoencoder = load_vae(name, device=device, dtype=torch.float32)
+        self.channels = self.autoencoder.spec.channels
+        self.identity = _file_identity(name)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents in model space, the posterior's mode."""
+        return self.autoencoder.encode(images)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        return self.autoencoder.decode(latents)
+
+
+class FileCaptionEncoder:
+    """A text encoder from a file, a folder or a bundled name."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Raises: CheckpointError if the file cannot be used."""
+        from flowcore.text.gemma3 import load_text_encoder
+
+        self.encoder = load_text_encoder(name, device=device)
+        self.width = self.encoder.width
+        self.identity = _file_identity(name)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """States of all tokens and their mask."""
+        return self.encoder.encode(prompts)
+
+
+def image_encoder(name: str | None, channels: int, device: torch.device) -> ImageEncoder:
+    """Encoder named by `encoders.vae`; `pixels` if the name is left out.
+
+    Raises: ConfigError if its channels are not the model's.
+    """
+    made: ImageEncoder = PixelEncoder(channels) if name in (None, "pixels") else FileImageEncoder(str(name), device)
+    if made.channels != channels:
+        raise ConfigError(f"encoders.vae: {name} must have the model's {channels} channels, got {made.channels}")
+    return made
+
+
+def caption_encoder(name: str | None, width: int, length: int, device: torch.device) -> CaptionEncoder:
+    """Encoder named by `encoders.text`; `bytes` if the name is left out.
+
+    Raises: ConfigError if its width is not the model's.
+    """
+    made: CaptionEncoder = (
+        ByteEncoder(width, length) if name in (None, "bytes") else FileCaptionEncoder(str(name), device)
+    )
+    if made.width != width:
+        raise ConfigError(f"encoders.text: {name} must have the model's text width {width}, got {made.width}")
+    return made
+
+
+def _file_identity(name: str) -> str:
+    """Hash of the weights, so that a cache notices another encoder."""
+    path = resolve(name)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return "-".join(sha256(file)[:16] for file in files)
