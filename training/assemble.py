@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     Raises: ConfigError, CheckpointError, DataError, each naming the key or file.
     """
-    architecture = find_architecture(config.model.arch)
-    model_config = _model_config(config, architecture)
+    architecture, model_config = prepare_model(config)
     samples, rejects = scan(config.datasets, config.data)
     settings = config.buckets
     sizes = bucket_sizes(settings.resolution, settings.multiple, settings.max_aspect)
@@ -55,7 +55,9 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _model_config(config: RunConfig, architecture: Architecture) -> Any:
+def prepare_model(config: RunConfig) -> tuple[Architecture, Any]:
+    """The architecture and the model's settings: preset and overrides. Raises: ConfigError."""
+    architecture = find_architecture(config.model.arch)
     model = config.model
     if model.preset not in architecture.presets:
         known = ", ".join(architecture.presets)
@@ -70,7 +72,7 @@ def _model_config(config: RunConfig, architecture: Architecture) -> Any:
             raise ConfigError(f"model.overrides: {path!r} must name a field of preset {model.preset!r}")
         table[last] = value
     try:
-        return architecture.config_from_dict(fields)
+        return architecture, architecture.config_from_dict(fields)
     except ConfigError as err:
         raise ConfigError(f"model.overrides: {err}") from err
 
@@ -135,14 +137,25 @@ def write_final(run: Run, folder: Path, prepared: Prepared) -> None:
     """Writes `final/model.safetensors`, and `ema.safetensors` if the run keeps an average."""
     final = folder / "final"
     final.mkdir(exist_ok=True)
-    save_weights(run.module.state_dict(), final / "model.safetensors", prepared)
+    live, what = run.module.state_dict(), (prepared.config, prepared.architecture, prepared.model_config)
+    save_weights(live, final / "model.safetensors", *what)
     if run.ema:
-        save_weights({**run.module.state_dict(), **run.ema.average}, final / "ema.safetensors", prepared)
+        save_weights({**live, **run.ema.average}, final / "ema.safetensors", *what)
 
 
-def save_weights(state: dict[str, Tensor], path: Path, prepared: Prepared, dtype: str | None = None) -> None:
-    """Writes weights in `output.dtype` (or `dtype`) under their original names, with what plain Python needs."""
-    config = prepared.config
+def save_weights(
+    state: Mapping[str, Tensor],
+    path: Path,
+    config: RunConfig,
+    architecture: Architecture,
+    model_config: Any,
+    dtype: str | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes weights in `output.dtype` (or `dtype`) under their original names, with what plain Python needs.
+
+    `facts` are further metadata.
+    """
     kind = DTYPES[dtype or config.output.dtype]
     resolution = config.sampling.size or (config.buckets.resolution, config.buckets.resolution)
     metadata = {
@@ -153,6 +166,7 @@ def save_weights(state: dict[str, Tensor], path: Path, prepared: Prepared, dtype
             for part, name in (("vae", config.encoders.vae), ("text_encoder", config.encoders.text))
             if name
         },
+        **(facts or {}),
     }
     cast = {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}
-    save_model(path, cast, architecture=prepared.architecture, config=prepared.model_config, metadata=metadata)
+    save_model(path, cast, architecture=architecture, config=model_config, metadata=metadata)

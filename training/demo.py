@@ -18,11 +18,19 @@ TRAIN_COUNT, HELD_OUT_COUNT = 16000, 256
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     made = parser("demo", "Train a part of the bundled demo on drawn scenes; the same command continues it.")
-    made.add_argument("part", choices=("vae", "text", "model"), help="autoencoder, text encoder or flow model")
-    made.add_argument("--arch", default="xut", choices=("xut",), help="architecture of the model (default: xut)")
-    made.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of scenes, runs and results")
+    made.add_argument(
+        "part", choices=("vae", "text", "model"), help="autoencoder, text encoder or flow model"
+    )
+    made.add_argument(
+        "--arch", default="xut", choices=("xut",), help="architecture of the model (default: xut)"
+    )
+    made.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of scenes, runs and results"
+    )
     made.add_argument("--minutes", type=float, help="fit the number of steps to this time on this machine")
-    made.add_argument("--resume", action="store_true", help="continue the run that lies in --out (the default)")
+    made.add_argument(
+        "--resume", action="store_true", help="continue the run that lies in --out (the default)"
+    )
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     return run_command(_demo, made.parse_args(arguments))
 
@@ -41,7 +49,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def write_scenes(folder: Path) -> None:
     """Draws the demo's training folders and its held-out pictures, unless they are there."""
-    for name, count, seed in (("one", TRAIN_COUNT, 1), ("two", TRAIN_COUNT, 2), ("held-out", HELD_OUT_COUNT, 3)):
+    for name, count, seed in (
+        ("one", TRAIN_COUNT, 1),
+        ("two", TRAIN_COUNT, 2),
+        ("held-out", HELD_OUT_COUNT, 3),
+    ):
         target = folder / name
         if target.exists() and len(list(target.glob("*.txt"))) == count:
             continue

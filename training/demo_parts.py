@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from training.config import Data, Encoders, LoopConfig, PartConfig, RunConfig, load_config, validate
 from training.data.folder import scan
 from training.launch import launch, pick_device
+from training.log import read_metrics
 from training.loop import Objective, Run
 from training.scenes import parse_caption
 from training.stop import StopFlag
@@ -35,7 +36,9 @@ class Request:
 
     def part_config(self, name: str) -> PartConfig:
         """Configuration of a part's run, its paths below `out`."""
-        paths = [f"datasets.{i}.path={self.out / 'scenes' / folder}" for i, folder in enumerate(("one", "two"))]
+        paths = [
+            f"datasets.{i}.path={self.out / 'scenes' / folder}" for i, folder in enumerate(("one", "two"))
+        ]
         assignments = [f"output.dir={self.out}", *paths, *self.assignments]
         return load_config(PartConfig, CONFIGS / f"{name}.yaml", assignments)
 
@@ -49,7 +52,9 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
     config = request.part_config("demo_vae")
     count, crop = int(config.options["images"]), int(config.options["crop"])
     samples, _ = scan(config.datasets, Data())
-    held_out, _ = scan([config.datasets[0].model_copy(update={"path": str(request.out / "scenes" / "held-out")})], Data())
+    held_out, _ = scan(
+        [config.datasets[0].model_copy(update={"path": str(request.out / "scenes" / "held-out")})], Data()
+    )
     settings = yaml.safe_load((CONFIGS / "demo_vae_model.yaml").read_text(encoding="utf-8"))
 
     def build(device: torch.device, stop: StopFlag) -> AutoencoderObjective:
@@ -73,8 +78,12 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
         assert isinstance(objective, AutoencoderObjective)
         with run.averaged(), torch.no_grad():
             mean, std = latent_statistics(objective)
-            spec = LatentSpec(name=VAE_NAME, channels=len(mean), downscale=8, mean=tuple(mean), std=tuple(std))
-            save_autoencoder(request.out / VAE_NAME / "model.safetensors", objective.autoencoder.to(torch.bfloat16), spec)
+            spec = LatentSpec(
+                name=VAE_NAME, channels=len(mean), downscale=8, mean=tuple(mean), std=tuple(std)
+            )
+            save_autoencoder(
+                request.out / VAE_NAME / "model.safetensors", objective.autoencoder.to(torch.bfloat16), spec
+            )
             objective.autoencoder.float()
 
     return launch(with_minutes(config, request, build), build, finish, stop)
@@ -166,8 +175,13 @@ def make_model(request: Request, stop: StopFlag) -> bool:
     from training.assemble import build_objective, prepare, save_weights, write_final
     from training.scenes import captions_held_out
 
-    paths = [f"datasets.{i}.path={request.out / 'scenes' / folder}" for i, folder in enumerate(("one", "two"))]
-    parts = [f"encoders.{part}={_part(request.out, name)}" for part, name in (("vae", VAE_NAME), ("text", TEXT_NAME))]
+    paths = [
+        f"datasets.{i}.path={request.out / 'scenes' / folder}" for i, folder in enumerate(("one", "two"))
+    ]
+    parts = [
+        f"encoders.{part}={_part(request.out, name)}"
+        for part, name in (("vae", VAE_NAME), ("text", TEXT_NAME))
+    ]
     places = [f"output.dir={request.out}", f"cache.dir={request.out / 'cache'}"]
     config = load_config(
         RunConfig, CONFIGS / f"{request.arch}_demo.yaml", [*places, *paths, *parts, *request.assignments]
@@ -184,9 +198,28 @@ def make_model(request: Request, stop: StopFlag) -> bool:
         average = {**run.module.state_dict(), **(run.ema.average if run.ema else {})}
         bundled = prepared.config.model_copy(update={"encoders": Encoders(vae=VAE_NAME, text=TEXT_NAME)})
         target = request.out / f"{request.arch}-demo" / "model.safetensors"
-        save_weights(average, target, replace(prepared, config=bundled), "bfloat16")
+        facts = training_facts(run, folder)
+        save_weights(
+            average, target, bundled, prepared.architecture, prepared.model_config, "bfloat16", facts
+        )
 
     return launch(with_minutes(prepared.config, request, build), build, finish, stop)
+
+
+def training_facts(run: Run, folder: Path) -> dict[str, str]:
+    """What the training cost: steps, seconds (mean of the logged steps), floating-point operations (counted)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = read_metrics(folder / "metrics.csv")
+    seconds = sum(row["seconds"] for row in rows) / len(rows) * run.step
+    with FlopCounterMode(display=False) as counter:
+        run.objective.loss(0, slice(0, run.config.train.batch_size)).backward()
+    flops = counter.get_total_flops() * run.step
+    return {
+        "flowcore.train_steps": str(run.step),
+        "flowcore.train_seconds": f"{seconds:.0f}",
+        "flowcore.train_flops": f"{flops:.4g}",
+    }
 
 
 def judge_images(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
