@@ -18,7 +18,7 @@ from typing import Any
 
 EXTENSION = Path(__file__).resolve().parents[2]
 LINK_NAME = "flowcore.nodes-test"  # not an identifier on purpose: a user may clone into any folder name
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 
 
 class ServerError(Exception):
