@@ -1,4 +1,4 @@
-"""What is read off finished things: how well embeddings separate groups, and the power law of a loss curve."""
+"""Read off what is finished: how well embeddings separate groups, and the power law of a loss curve."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,8 @@ CLASS_GROUPS: Mapping[str, tuple[range, ...]] = {
     "primates": (range(365, 385),),
     "reptiles": (range(25, 69),),
 }
-"""ImageNet class numbers by group, as in the embedding report of Ouroboros. Class 7 is in two; fish, the later, has
-it. Several ranges hold more than their name says."""
+"""ImageNet class numbers by group, as in the embedding report of Ouroboros. Class 7 is in two; fish, the
+later, has it. Several ranges hold more than their name says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,8 @@ def similarities(embeddings: Tensor, groups: Tensor) -> Similarities:
     """
     if embeddings.ndim != 2 or groups.shape != embeddings.shape[:1]:
         raise ShapeError(
-            f"groups must be one number for each embedding, got {tuple(groups.shape)} for {tuple(embeddings.shape)}"
+            f"groups must be one number for each embedding, got {tuple(groups.shape)} for "
+            f"{tuple(embeddings.shape)}"
         )
     unit = functional.normalize(embeddings.double(), dim=1)
     cosine = unit @ unit.T
@@ -109,7 +110,7 @@ def _mean(values: Tensor) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerLaw:
-    """loss(step) = a * step^(-b) + c, with the share of variance it explains and the points it was fitted to."""
+    """loss(step) = a * step^(-b) + c, the share of variance it explains, and how many points it was fitted to."""
 
     a: float
     b: float
@@ -146,7 +147,7 @@ def fit_power_law(
     step, loss = step[kept], loss[kept]
     if len(step) < 4:
         raise ShapeError(
-            f"a power law must be fitted to at least 4 points below loss {max_loss} from step {min_step} on, "
+            f"a power law must have at least 4 points with loss below {max_loss} from step {min_step} on, "
             f"got {len(step)}"
         )
     b = _minimum(lambda exponent: _best_line(step**-exponent, loss)[2], *B_BOUNDS)

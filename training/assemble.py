@@ -104,7 +104,7 @@ def build_objective(
     config, architecture = prepared.config, prepared.architecture
     model = build_model(prepared)
     channels = architecture.latent_channels(prepared.model_config)
-    images = image_encoder(config.encoders.vae, channels, device)
+    images = image_encoder(config.encoders.vae, channels, architecture.latent_spec, device)
     width, length = prepared.model_config.ctx_dim, prepared.model_config.ctx_size
     captions = caption_encoder(config.encoders.text, width, length, device)
     data = EncodedSamples(
@@ -137,25 +137,27 @@ def write_final(run: Run, folder: Path, prepared: Prepared) -> None:
     """Writes `final/model.safetensors`, and `ema.safetensors` if the run keeps an average."""
     final = folder / "final"
     final.mkdir(exist_ok=True)
-    live, what = run.module.state_dict(), (prepared.config, prepared.architecture, prepared.model_config)
-    save_weights(live, final / "model.safetensors", *what)
+    save_weights(run.module.state_dict(), final / "model.safetensors", prepared.config)
     if run.ema:
-        save_weights({**live, **run.ema.average}, final / "ema.safetensors", *what)
+        average = {**run.module.state_dict(), **run.ema.average}
+        save_weights(average, final / "ema.safetensors", prepared.config)
 
 
 def save_weights(
     state: Mapping[str, Tensor],
     path: Path,
     config: RunConfig,
-    architecture: Architecture,
-    model_config: Any,
+    *,
     dtype: str | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes weights in `output.dtype` (or `dtype`) under their original names, with what plain Python needs.
+    """Writes weights in `output.dtype` (or `dtype`) under their original names, with what their users need.
 
-    `facts` are further metadata.
+    That is: sizes, resolution, latent space, VAE and text encoder. `facts` are further metadata.
     """
+    architecture, model_config = prepare_model(config)
+    channels = architecture.latent_channels(model_config)
+    images = image_encoder(config.encoders.vae, channels, architecture.latent_spec, torch.device("cpu"))
     kind = DTYPES[dtype or config.output.dtype]
     resolution = config.sampling.size or (config.buckets.resolution, config.buckets.resolution)
     metadata = {
@@ -166,6 +168,7 @@ def save_weights(
             for part, name in (("vae", config.encoders.vae), ("text_encoder", config.encoders.text))
             if name
         },
+        **images.facts,
         **(facts or {}),
     }
     cast = {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}

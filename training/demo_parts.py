@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from training.config import Data, Encoders, LoopConfig, PartConfig, RunConfig, load_config, validate
+from training.config import Data, LoopConfig, PartConfig, RunConfig, load_config
 from training.data.folder import scan
-from training.launch import launch, pick_device
+from training.launch import Builder, Finisher, launch, pick_device
 from training.log import read_metrics
 from training.loop import Objective, Run
 from training.scenes import parse_caption
@@ -47,7 +47,7 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
     """Trains the autoencoder and writes `out/scenes-vae/model.safetensors` with its latent statistics."""
     from diffusers import AutoencoderKL
 
-    from training.objectives.autoencoder import AutoencoderObjective, latent_statistics
+    from training.objectives.autoencoder import AutoencoderObjective, latent_statistics, preview_facts
 
     config = request.part_config("demo_vae")
     count, crop = int(config.options["images"]), int(config.options["crop"])
@@ -81,16 +81,15 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
             spec = LatentSpec(
                 name=VAE_NAME, channels=len(mean), downscale=8, mean=tuple(mean), std=tuple(std)
             )
-            save_autoencoder(
-                request.out / VAE_NAME / "model.safetensors", objective.autoencoder.to(torch.bfloat16), spec
-            )
-            objective.autoencoder.float()
+            facts = preview_facts(objective, spec)
+            module = deepcopy(objective.autoencoder).to("cpu", torch.bfloat16)
+            save_autoencoder(request.out / VAE_NAME / "model.safetensors", module, spec, metadata=facts)
 
-    return launch(with_minutes(config, request, build), build, finish, stop)
+    return start(config, request, build, finish, stop)
 
 
-def with_minutes(config: Any, request: Request, build: Any) -> Any:
-    """The configuration with as many steps as fit into `--minutes`, measured on this machine.
+def start(config: LoopConfig, request: Request, build: Builder, finish: Finisher, stop: StopFlag) -> bool:
+    """Starts or continues a part's run; with `--minutes` a new run gets as many steps as fit into them.
 
     A run that has begun keeps the number of steps it was started with.
     """
@@ -98,26 +97,22 @@ def with_minutes(config: Any, request: Request, build: Any) -> Any:
     if begun.exists():
         steps = yaml.safe_load(begun.read_text(encoding="utf-8"))["train"]["steps"]
     elif request.minutes is not None:
-        steps = max(20, int(request.minutes * 60 / seconds_per_step(config, build)))
+        objective = build(pick_device(), stop)
+        steps = max(20, int(request.minutes * 60 / seconds_per_step(config, objective)))
+        build = lambda device, stop: objective  # noqa: ARG005, E731 - what was built and timed is used
     else:
-        return config
-    table = config.model_dump(mode="json")
-    table["train"]["steps"] = steps
-    return validate(type(config), table, "training.demo")
+        steps = config.train.steps
+    fitted = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+    return launch(fitted, build, finish, stop)
 
 
-def seconds_per_step(config: LoopConfig, build: Any) -> float:
-    """Median seconds of a few steps on a model that is thrown away."""
-    from training.launch import pick_device
-
-    device = pick_device()
-    run = Run(config, build(device, StopFlag()), device)
-    times = []
-    for _ in range(TIMED_STEPS):
-        started = time.perf_counter()
-        run.advance()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[TIMED_STEPS // 2]
+def seconds_per_step(config: LoopConfig, objective: Objective) -> float:
+    """Median seconds of a few training steps, after which the weights are put back."""
+    before = {name: tensor.clone() for name, tensor in objective.module.state_dict().items()}
+    run = Run(config, objective, pick_device())
+    times = sorted(run.advance()["seconds"] for _ in range(TIMED_STEPS))
+    objective.module.load_state_dict(before)
+    return times[TIMED_STEPS // 2]
 
 
 def make_text(request: Request, stop: StopFlag) -> bool:
@@ -149,7 +144,7 @@ def make_text(request: Request, stop: StopFlag) -> bool:
         model = objective.encoder.model.eval().to(torch.bfloat16)
         save_text_encoder(request.out / TEXT_NAME / "model.safetensors", model, tokenizer)
 
-    return launch(with_minutes(config, request, build), build, finish, stop)
+    return start(config, request, build, finish, stop)
 
 
 def _gemma_settings(options: dict[str, float], vocab_size: int) -> dict[str, Any]:
@@ -203,7 +198,7 @@ def make_model(request: Request, stop: StopFlag) -> bool:
             average, target, bundled, prepared.architecture, prepared.model_config, "bfloat16", facts
         )
 
-    return launch(with_minutes(prepared.config, request, build), build, finish, stop)
+    return start(prepared.config, request, build, finish, stop)
 
 
 def training_facts(run: Run, folder: Path) -> dict[str, str]:

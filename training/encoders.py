@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional
 from flowcore.assets import resolve
 from flowcore.conditioning import Conditioning
 from flowcore.errors import ConfigError
+from flowcore.vae.latent_spec import LatentSpec
+from flowcore.weights.checkpoint import read_tensors
 from training.files import sha256
 from training.keys import generator
 
@@ -22,6 +25,8 @@ class ImageEncoder(Protocol):
 
     identity: str
     channels: int
+    facts: Mapping[str, str]
+    """Metadata of the latent space, for the files of models trained on it."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents `b c h w` of images `b 3 y x` in [-1, 1]."""
@@ -46,6 +51,7 @@ class PixelEncoder:
 
     channels: int
     identity: str = "pixels-8"
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents `b c h w` at an eighth of the size."""
@@ -80,13 +86,14 @@ class ByteEncoder:
 class FileImageEncoder:
     """An autoencoder from a file, a folder or a bundled name."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        """Raises: CheckpointError if the file cannot be used."""
+    def __init__(self, name: str, spec: str, device: torch.device) -> None:
+        """`spec` names the latent space of a file that states none. Raises: CheckpointError if it cannot be used."""
         from flowcore.vae.autoencoder import load_vae
 
-        self.autoencoder = load_vae(name, device=device, dtype=torch.float32)
+        self.autoencoder = load_vae(name, spec=spec, device=device, dtype=torch.float32)
         self.channels = self.autoencoder.spec.channels
         self.identity = _file_identity(name)
+        self.facts = latent_facts(self.autoencoder.spec, name)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -116,14 +123,19 @@ class FileCaptionEncoder:
         return self.encoder.encode(prompts)
 
 
-def image_encoder(name: str | None, channels: int, device: torch.device) -> ImageEncoder:
+def image_encoder(name: str | None, channels: int, spec: str, device: torch.device) -> ImageEncoder:
     """Encoder named by `encoders.vae`; `pixels` if the name is left out.
 
+    `spec` names the latent space of a file that states none.
     Raises: ConfigError if its channels are not the model's.
     """
-    made: ImageEncoder = PixelEncoder(channels) if name in (None, "pixels") else FileImageEncoder(str(name), device)
+    made: ImageEncoder = (
+        PixelEncoder(channels) if name in (None, "pixels") else FileImageEncoder(str(name), spec, device)
+    )
     if made.channels != channels:
-        raise ConfigError(f"encoders.vae: {name} must have the model's {channels} channels, got {made.channels}")
+        raise ConfigError(
+            f"encoders.vae: {name} must have the model's {channels} channels, got {made.channels}"
+        )
     return made
 
 
@@ -138,6 +150,18 @@ def caption_encoder(name: str | None, width: int, length: int, device: torch.dev
     if made.width != width:
         raise ConfigError(f"encoders.text: {name} must have the model's text width {width}, got {made.width}")
     return made
+
+
+def latent_facts(spec: LatentSpec, name: str) -> dict[str, str]:
+    """Metadata of a latent space, with the linear preview that the autoencoder's file holds."""
+    path = resolve(name)
+    stored = read_tensors(path)[1] if path.is_file() else {}
+    return {
+        "flowcore.latent_spec": spec.name,
+        "flowcore.latents_mean": json.dumps(list(spec.mean)),
+        "flowcore.latents_std": json.dumps(list(spec.std)),
+        **{key: value for key, value in stored.items() if key.startswith("flowcore.latent_rgb_")},
+    }
 
 
 def _file_identity(name: str) -> str:

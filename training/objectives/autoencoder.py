@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from flowcore.vae.latent_spec import LatentSpec
+from flowcore.vae.preview import fit_rgb_factors
 from training.data.buckets import Bucket
 from training.data.folder import Sample, load_image
 from training.data.order import BatchOrder
@@ -34,8 +37,16 @@ class AutoencoderObjective:
     """
 
     def __init__(
-        self, module: AutoencoderKL, samples: Sequence[Sample], held_out: Sequence[Sample], *, seed: int, batch_size: int,
-        crop: int, device: torch.device, stop: StopFlag,
+        self,
+        module: AutoencoderKL,
+        samples: Sequence[Sample],
+        held_out: Sequence[Sample],
+        *,
+        seed: int,
+        batch_size: int,
+        crop: int,
+        device: torch.device,
+        stop: StopFlag,
     ) -> None:
         """Reads all images into memory as bytes (they must have the first one's size)."""
         self.module: nn.Module = module.to(device)
@@ -52,7 +63,9 @@ class AutoencoderObjective:
         crops, noises = [], []
         for position, number in list(enumerate(numbers))[part]:
             draw = generator(self.seed, "crop", step, position)
-            crops.append(self.images[number] if whole else detailed_crop(self.images[number], self.crop, draw))
+            crops.append(
+                self.images[number] if whole else detailed_crop(self.images[number], self.crop, draw)
+            )
             side = crops[-1].shape[-1] // 8
             noises.append(torch.randn(self.autoencoder.config.latent_channels, side, side, generator=draw))
         pixels = to_pixels(torch.stack(crops)).to(self.device)
@@ -64,7 +77,9 @@ class AutoencoderObjective:
         for first in range(0, len(pixels), 32):
             stop.check()
             batch = pixels[first : first + 32].to(self.device)
-            rebuilt.append(self.autoencoder.decode(self.autoencoder.encode(batch).latent_dist.mode()).sample.cpu())
+            rebuilt.append(
+                self.autoencoder.decode(self.autoencoder.encode(batch).latent_dist.mode()).sample.cpu()
+            )
         result = torch.cat(rebuilt).clamp(-1, 1)
         save_grid(torch.cat([pixels[:8], result[:8]]), folder / f"step-{step:08d}.png", columns=8)
         return {"held_out/psnr": psnr(result, pixels)}
@@ -100,7 +115,9 @@ def reconstruction_loss(module: AutoencoderKL, pixels: Tensor, noise: Tensor) ->
     latents = mean + torch.exp(0.5 * log_variance) * noise
     rebuilt = module.decode(latents).sample.float()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    error = MSE_WEIGHT * functional.mse_loss(rebuilt, pixels) + L1_WEIGHT * functional.l1_loss(rebuilt, pixels)
+    error = MSE_WEIGHT * functional.mse_loss(rebuilt, pixels) + L1_WEIGHT * functional.l1_loss(
+        rebuilt, pixels
+    )
     return error + KL_WEIGHT * divergence
 
 
@@ -118,3 +135,11 @@ def latent_statistics(objective: AutoencoderObjective, count: int = 1024) -> tup
         latents.append(objective.autoencoder.encode(pixels).latent_dist.mode().float())
     values = torch.cat(latents)
     return values.mean((0, 2, 3)).tolist(), values.std((0, 2, 3)).tolist()
+
+
+def preview_facts(objective: AutoencoderObjective, spec: LatentSpec, count: int = 128) -> dict[str, str]:
+    """Metadata with the linear map from latents to colours that live previews use."""
+    images = to_pixels(objective.images[:count]).to(objective.device)
+    latents = spec.to_model(objective.autoencoder.encode(images).latent_dist.mode().float())
+    factors, bias = fit_rgb_factors(latents, images)
+    return {"flowcore.latent_rgb_factors": json.dumps(factors), "flowcore.latent_rgb_bias": json.dumps(bias)}

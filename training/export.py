@@ -1,0 +1,46 @@
+"""Writes the weights of a finished or running run: `python -m training.export RUN_DIR OUT.safetensors`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowcore.errors import ConfigError
+from training.cli import DONE, parser, run_command
+from training.config import RunConfig, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    made = parser("export", "Write the weights of a run's newest checkpoint as one safetensors file.")
+    made.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
+    made.add_argument("out", type=Path, metavar="OUT.safetensors", help="file to write")
+    made.add_argument("--ema", action="store_true", help="the averaged weights instead of the live ones")
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: output.dtype of the run")
+    return run_command(_export, made.parse_args(arguments))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from training.assemble import save_weights
+    from training.state import newest_checkpoint
+
+    if arguments.out.suffix != ".safetensors":
+        raise ConfigError(f"OUT must end in .safetensors, got {arguments.out}")
+    config = load_config(RunConfig, arguments.run / "config.yaml", [])
+    warnings: list[str] = []
+    checkpoint = newest_checkpoint(arguments.run / "checkpoints", warnings)
+    sys.stderr.writelines(line + "\n" for line in warnings)
+    if checkpoint is None:
+        raise ConfigError(f"{arguments.run}: run folder must hold a checkpoint, found none")
+    if arguments.ema and not checkpoint.has("ema"):
+        raise ConfigError(f"{arguments.run}: --ema needs a run with ema.decay, this one keeps no average")
+    state = checkpoint.tensors("weights") | (checkpoint.tensors("ema") if arguments.ema else {})
+    save_weights(state, arguments.out, config, dtype=arguments.dtype)
+    sys.stdout.write(f"{arguments.out}: step {checkpoint.step}\n")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

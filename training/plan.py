@@ -1,0 +1,116 @@
+"""The plan of a run: what `--dry-run` prints, found without writing or encoding anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowcore.conditioning import Conditioning
+from training.assemble import Prepared
+from training.config import RunConfig
+from training.data.buckets import Bucket
+from training.optim import plan_groups
+
+OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
+DOWNSCALE, TEXT_TOKENS = 8, 64
+
+
+def make_plan(prepared: Prepared) -> dict[str, Any]:
+    """The plan as JSON-like values; memory in bytes, bucket sizes in pixels."""
+    config = prepared.config
+    module = prepared.architecture.model(prepared.model_config, device="meta")
+    count = sum(p.numel() for p in module.parameters())
+    buckets = Counter(prepared.buckets)
+    return {
+        "arch": prepared.architecture.name,
+        "parameters": count,
+        "trainable_parameters": count,
+        "memory": memory(module, prepared, max(buckets, key=lambda b: b.width * b.height)),
+        "steps": config.train.steps,
+        "epochs": config.train.steps * config.train.batch_size / len(prepared.samples),
+        "images": len(prepared.samples),
+        "buckets": [{"width": b.width, "height": b.height, "images": n} for b, n in sorted(buckets.items())],
+        "warnings": _warnings(config, buckets, prepared),
+    }
+
+
+def memory(module: nn.Module, prepared: Prepared, bucket: Bucket) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer, average and activations; the activations are an upper bound."""
+    config = prepared.config
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    groups = plan_groups(named.items(), config.optimizer)
+    weights = sum(p.numel() * 4 for p in module.parameters())
+    trained = sum(p.numel() * 4 for p in named.values())
+    parts = {
+        "weights": weights,
+        "gradients": trained,
+        "optimizer": sum(OPTIMIZER_BYTES[g.optimizer] * sum(named[n].numel() for n in g.names) for g in groups),
+        "ema": trained if config.ema.decay else 0,
+        "activations": _activations(module, prepared, bucket),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
+    """Bytes that one micro-batch saves for the backward pass, counted on the meta device."""
+    config, model_config = prepared.config, prepared.model_config
+    batch = config.train.micro_batch_size or config.train.batch_size
+    channels = prepared.architecture.latent_channels(model_config)
+    height, width = bucket.height // DOWNSCALE, bucket.width // DOWNSCALE
+    latents = torch.empty(batch, channels, height, width, device="meta")
+    context = torch.empty(batch, min(TEXT_TOKENS, model_config.ctx_size), model_config.ctx_dim, device="meta")
+    extras = prepared.architecture.size_extras(model_config, width, height)
+    conditioning = Conditioning(context=context, extras={k: v.to("meta") for k, v in extras.items()})
+    own = {p.data_ptr() for p in module.parameters()} | {id(p) for p in module.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            seen[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+            kept.append(tensor)
+        return tensor
+
+    kept: list[Tensor] = []
+    module.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        prepared.architecture.velocity(
+            module.forward,
+            latents,
+            torch.empty(batch, device="meta"),
+            conditioning.expand(batch),
+            generator=torch.Generator(),
+            tread_rate=0.0,
+        )
+    scale = 1 if config.precision == "float32" else 0.6
+    return int(sum(seen.values()) * scale)
+
+
+def _warnings(config: RunConfig, buckets: Counter[Bucket], prepared: Prepared) -> list[str]:
+    lines = [
+        f"bucket {b.width}x{b.height} holds {n} images, fewer than the batch of {config.train.batch_size}: "
+        "a batch will hold some of them twice"
+        for b, n in sorted(buckets.items())
+        if n < config.train.batch_size
+    ]
+    if prepared.rejects:
+        lines.append(f"{len(prepared.rejects)} files are left out; they will be listed in rejects.csv")
+    if config.model.weights is None and config.model.preset != "tiny":
+        lines.append("training starts from random weights: model.weights is not given")
+    return lines
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan for a person."""
+    memory_parts = plan["memory"]
+    lines = [
+        f"{plan['arch']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} trained",
+        f"data: {plan['images']:,} images in {len(plan['buckets'])} buckets, "
+        f"{plan['steps']:,} steps = {plan['epochs']:.1f} epochs",
+        *(f"  {b['width']}x{b['height']}: {b['images']:,} images" for b in plan["buckets"]),
+        "memory: " + ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory_parts.items()),
+        *(f"warning: {line}" for line in plan["warnings"]),
+    ]
+    return "\n".join(lines)
