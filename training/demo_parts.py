@@ -166,7 +166,7 @@ def _gemma_settings(options: dict[str, float], vocab_size: int) -> dict[str, Any
 
 
 def make_model(request: Request, stop: StopFlag) -> bool:
-    """Trains the demo's flow model and writes `out/<arch>-demo/model.safetensors` with its averaged weights."""
+    """Trains the demo's flow model and writes its averaged weights to `out/<arch>-demo/`."""
     from training.assemble import build_objective, prepare, save_weights, write_final
     from training.scenes import captions_held_out
 
@@ -191,18 +191,15 @@ def make_model(request: Request, stop: StopFlag) -> bool:
     def finish(run: Run, folder: Path) -> None:
         write_final(run, folder, prepared)
         average = {**run.module.state_dict(), **(run.ema.average if run.ema else {})}
-        bundled = prepared.config.model_copy(update={"encoders": Encoders(vae=VAE_NAME, text=TEXT_NAME)})
+        facts = training_facts(run, folder) | {"flowcore.vae": VAE_NAME, "flowcore.text_encoder": TEXT_NAME}
         target = request.out / f"{request.arch}-demo" / "model.safetensors"
-        facts = training_facts(run, folder)
-        save_weights(
-            average, target, bundled, prepared.architecture, prepared.model_config, "bfloat16", facts
-        )
+        save_weights(average, target, prepared.config, dtype="bfloat16", facts=facts)
 
     return start(prepared.config, request, build, finish, stop)
 
 
 def training_facts(run: Run, folder: Path) -> dict[str, str]:
-    """What the training cost: steps, seconds (mean of the logged steps), floating-point operations (counted)."""
+    """What the training cost: steps, seconds (from the logged ones), floating-point operations (counted)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     rows = read_metrics(folder / "metrics.csv")

@@ -24,8 +24,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         save_file(separate, partial, metadata=dict(metadata))
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
         partial.replace(target)
     except (OSError, SafetensorError) as err:
         raise CheckpointError(f"{target} must be writable, got {err}; choose another path") from err
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the permissions that this process withholds from new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -101,7 +101,7 @@ def build_model(
     state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     layout = find_layout(architecture, state.keys())
     if layout is not None:
-        state = layout.convert(state)
+        state, reread = layout.convert(state), None
         stored = json.loads(metadata.get("flowcore.config", "{}"))
         metadata = {**metadata, "flowcore.config": json.dumps({**stored, **layout.settings})}
     config = architecture.infer_config(state, metadata)
@@ -115,8 +115,8 @@ def build_model(
     check_strict(expected, state, source=source, what=f"{architecture.name} model")
     for name, tensor in state.items():
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        is_as_stored = target == tensor.dtype or reread is None or layout is not None
-        state[name] = (tensor if is_as_stored else reread(prefix + name)).to(device, target)
+        converted = tensor if target == tensor.dtype or reread is None else reread(prefix + name)
+        state[name] = converted.to(device, target)
     model.load_state_dict(state, strict=True, assign=True)
     model.to(device).eval()
     ignored = len(tensors) - len(state)
