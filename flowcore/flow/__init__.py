@@ -17,7 +17,15 @@ from .guidance import (
 )
 from .loss_weights import LOSS_WEIGHTS
 from .masking import invert, masked_velocity, noise_to_strength, restore_kept
-from .noise_levels import LAWS, NoiseLaw, density_correction, noise_law, sample_sigma, stratified_uniform
+from .noise_levels import (
+    LAWS,
+    NoiseLaw,
+    density_correction,
+    noise_law,
+    sample_sigma,
+    shifted,
+    stratified_uniform,
+)
 from .path import (
     PathSample,
     VelocityFn,
@@ -26,13 +34,15 @@ from .path import (
     interpolate,
     noise_to_velocity,
     offset_noise,
+    sigma_like,
     to_data_time,
     velocity_to_denoised,
     velocity_to_noise,
     velocity_to_score,
 )
+from .runge_kutta import bosh3, bosh3_fixed, dopri5, dopri5_fixed
 from .schedule import flux1_mu, flux2_mu, resolution_shift, shift_sigma, sigma_grid, zero_init
-from .solvers import SOLVERS
+from .solvers import SOLVERS, ab2, ddim, dpmpp_2m, euler, euler_ancestral, heun, midpoint, rk4
 from .steps import NoiseFn, Solver, StepCallback, StepState, generator_noise
 
 __all__ = [
@@ -50,32 +60,46 @@ __all__ = [
     "StepCallback",
     "StepState",
     "VelocityFn",
+    "ab2",
     "apg",
+    "bosh3",
+    "bosh3_fixed",
     "cfg",
     "cfg_rescale",
     "cfg_zero_star",
     "cosine_scale",
+    "ddim",
     "denoised_to_velocity",
     "density_correction",
+    "dopri5",
+    "dopri5_fixed",
+    "dpmpp_2m",
+    "euler",
+    "euler_ancestral",
     "flux1_mu",
     "flux2_mu",
     "from_data_time",
     "generator_noise",
     "guided",
     "guided_pair",
+    "heun",
     "interpolate",
     "invert",
     "linear_scale",
     "masked_velocity",
+    "midpoint",
     "noise_law",
     "noise_to_strength",
     "noise_to_velocity",
     "offset_noise",
     "resolution_shift",
     "restore_kept",
+    "rk4",
     "sample_sigma",
     "shift_sigma",
+    "shifted",
     "sigma_grid",
+    "sigma_like",
     "stratified_uniform",
     "to_data_time",
     "velocity_to_denoised",

@@ -13,23 +13,22 @@ from torch import Tensor
 
 from flowcore.flow import guidance, loss_weights, noise_levels, path, runge_kutta, schedule, solvers
 from flowcore.flow import variance_preserving as vp
+from tests.golden.compare import Case, Metadata, Options, Tensors
 
-Tensors = Mapping[str, Tensor]
-Case = tuple[str, Tensor, Tensor]
 Compute = Callable[..., Tensor]
 
 NUMBER = r"(-?[0-9.]+)"
 
 
-def cases(tensors: Tensors, metadata: Mapping[str, str], options: object = None) -> Iterator[Case]:
-    """Every output of one file: its name, the computed value, the stored one."""
-    del options  # float64 on the CPU whatever the options say
+def cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Case]:
+    """Every output of one file, in float64; only the device is the caller's choice."""
+    tensors = {key: value.to(options.device) for key, value in tensors.items()}
     inputs = {key.removeprefix("input."): value for key, value in tensors.items() if key.startswith("input.")}
     config = json.loads(metadata["config"])
     find = KINDS[metadata["kind"]](inputs, config)
     for key in sorted(tensors):
         if key.startswith("output."):
-            yield key, find(key.removeprefix("output.")), tensors[key]
+            yield Case(key, find(key.removeprefix("output.")), tensors[key])
 
 
 def conversions(inputs: Tensors, _config: Mapping[str, object]) -> Callable[[str], Tensor]:
@@ -93,7 +92,7 @@ def guidances(inputs: Tensors, config: Mapping[str, object]) -> Callable[[str], 
         velocity = guidance.guided(
             lambda _x, _sigma: scaled, lambda _x, _sigma: unconditional, settings["w"], combine=rule
         )
-        return velocity(x, torch.full((x.shape[0],), levels[step], dtype=x.dtype))
+        return velocity(x, x.new_full((x.shape[0],), levels[step]))
 
     def projected(index: float) -> Tensor:
         rule = guidance.apg(

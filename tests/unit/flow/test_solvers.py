@@ -7,7 +7,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flowcore.errors import ConfigError, ShapeError
-from flowcore.flow import SOLVERS, StepState, from_data_time, generator_noise, interpolate, sigma_grid
+from flowcore.flow import (
+    SOLVERS,
+    StepState,
+    cfg_rescale,
+    from_data_time,
+    generator_noise,
+    guided,
+    interpolate,
+    masked_velocity,
+    sigma_grid,
+)
 from flowcore.flow import runge_kutta as rk
 from flowcore.flow import solvers as s
 
@@ -163,7 +173,7 @@ def test_batch_of_two_equals_two_batches(name: str) -> None:
 def test_stochastic_solvers_keep_the_distribution(name: str) -> None:
     """Gaussian data with mean 2 and deviation 0.5: samples must have both, which wrong noise levels spoil."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1, 40000, generator=generator, dtype=torch.float64)
+    start = torch.randn(1, 20000, generator=generator, dtype=torch.float64)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         level = sigma[:, None]
@@ -316,3 +326,13 @@ def test_bad_tensors() -> None:
         ShapeError, match=r"state must be a floating-point tensor with a batch axis, got torch\.int64"
     ):
         s.euler(problem_g, START.long(), sigma_grid(3))
+
+
+@pytest.mark.parametrize("name", ON_THE_GRID)
+def test_no_step_reads_a_value_of_the_state(name: str) -> None:
+    """Reading a value, for which an accelerator would be waited for, raises on tensors without data."""
+    x = torch.empty(2, 4, device="meta")
+    guided_velocity = guided(lambda x, _: -x, lambda x, _: x, 3.0, combine=cfg_rescale(0.5))
+    velocity = masked_velocity(guided_velocity, torch.ones(1), x, x)
+    noise = generator_noise(torch.Generator().manual_seed(0))
+    assert SOLVERS[name](velocity, x, sigma_grid(4), noise=noise).shape == (2, 4)
