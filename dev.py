@@ -23,8 +23,8 @@ MIN_PYTHON = (3, 10)
 STAMP = "flowcore.json"
 COMFYUI_VERSION = "0.3.64"
 CHECKS = {
-    "ruff": ["ruff", "check", "."],
-    "format": ["ruff", "format", "--check", "."],
+    "ruff": ["ruff", "check", "--output-format", "concise", "."],
+    "format": ["ruff", "format", "--check", "--output-format", "concise", "."],
     "mypy": ["mypy"],
     "pytest": ["pytest"],
 }

@@ -177,10 +177,11 @@ print(module.WEB_DIRECTORY, "torch" in sys.modules)
 def test_pytest_can_collect_in_a_folder_of_any_name(tmp_path: Path) -> None:
     checkout = tmp_path / "1 odd-name.v2"
     (checkout / "tests" / "unit").mkdir(parents=True)
-    for name in ("__init__.py", "pyproject.toml", "tests/__init__.py", "tests/support.py"):
+    for name in ("__init__.py", "pyproject.toml", "tests/__init__.py"):
         (checkout / name).write_bytes((ROOT / name).read_bytes())
+    (checkout / "tests" / "support.py").write_text("ANSWER = 42\n")
     (checkout / "tests" / "unit" / "test_one.py").write_text(
-        "from tests.support import ROOT\ndef test_one() -> None:\n    assert ROOT\n"
+        "from tests.support import ANSWER\n\ndef test_one() -> None:\n    assert ANSWER == 42\n"
     )
     result = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=checkout)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -268,10 +269,10 @@ def test_the_check_for_hidden_errors_finds_them(code: str) -> None:
     assert any(unsafe(node) for node in ast.walk(ast.parse(code)))
 
 
-def test_nothing_hides_errors_or_runs_code_from_files() -> None:
+def test_shipped_code_neither_hides_errors_nor_runs_code_from_files() -> None:
     faults = [
         f"{name_of(file)}:{getattr(node, 'lineno', 0)} {fault}"
-        for file in python_files()
+        for file in python_files("flowcore", "training", "nodes")
         for node in ast.walk(parse(file))
         if (fault := unsafe(node))
     ]
@@ -308,6 +309,31 @@ def test_comfyui_manager_installs_the_same_packages_as_pip() -> None:
         if re.match(r"torch|xformers|triton", line) or re.search(r"[=<~]=|<", line)
     ]
     assert not faults, f"an extension must leave torch alone and set no upper bound: {faults}"
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "tomllib": "tomli", "msvcrt": "", "fcntl": ""}
+
+
+def test_every_imported_package_is_declared() -> None:
+    data = project()["project"]
+    names = {
+        where: {re.split(r"[^\w-]", line.lower())[0] for line in lines}
+        for where, lines in {**data["optional-dependencies"], "base": data["dependencies"]}.items()
+    }
+    base = names["base"] | names["torch"]
+    faults = []
+    for folder, declared in (
+        ("flowcore", base),
+        ("nodes", base | COMFYUI),
+        ("training", base | names["train"]),
+    ):
+        for file in python_files(folder):
+            for line, module, relative in imports_of(file):
+                top = module.split(".")[0]
+                known = relative or top in sys.stdlib_module_names or top in {"flowcore", "training"}
+                if not known and DISTRIBUTIONS.get(top, top.lower()) not in declared:
+                    faults.append(f"{name_of(file)}:{line} imports {top}, which pyproject.toml does not list")
+    assert not faults, faults
 
 
 def test_pre_commit_uses_the_pinned_linter() -> None:
