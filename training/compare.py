@@ -114,10 +114,8 @@ def _number(text: str | None) -> float | None:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table, shares in percent."""
     columns = [*ATTRIBUTES, "all"]
-    lines = [
-        f"| model | captions | {' | '.join(columns)} | relation and colours | parameters | s / image | training min |",
-        "| --- " * (len(columns) + 6) + "|",
-    ]
+    titles = ["model", "captions", *columns, "relation and colors", "parameters", "s / image", "training min"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     for name, row in results.items():
         shares = [*(row["accuracy"][column] for column in columns), row["relation_and_color"]]
         seconds = row["train_seconds"]

@@ -70,7 +70,7 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
             stop=stop,
         )
 
-    def finish(run: Run, folder: Path) -> None:
+    def finish(run: Run, _folder: Path) -> None:
         from flowcore.vae.autoencoder import save_autoencoder
         from flowcore.vae.latent_spec import LatentSpec
 
@@ -138,7 +138,7 @@ def make_text(request: Request, stop: StopFlag) -> bool:
             device=device,
         )
 
-    def finish(run: Run, folder: Path) -> None:
+    def finish(run: Run, _folder: Path) -> None:
         objective = run.objective
         assert isinstance(objective, LanguageObjective)
         model = objective.encoder.model.eval().to(torch.bfloat16)
