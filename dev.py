@@ -234,14 +234,11 @@ def comfyui_folder(version: str) -> Path:
         folder = Path(named).expanduser().absolute()
     else:
         report(f"looking for ComfyUI {version}")
-        found = subprocess.run(
-            [sys.executable, "-m", "tests.comfy", "--version", version],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "tests.comfy", "--version", version]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if found.returncode != 0:
-            raise SetupError(
-                f"ComfyUI {version} is neither cached nor could it be fetched; set COMFYUI_DIR to a copy"
-            )
+            reason = last_line(found.stderr).removeprefix("error:").strip()
+            raise SetupError(f"{reason}; set COMFYUI_DIR to a copy of ComfyUI {version}")
         folder = Path(last_line(found.stdout))
     if not (folder / "main.py").is_file() or not (folder / "requirements.txt").is_file():
         raise SetupError(
