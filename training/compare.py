@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--steps", type=int, default=20, help="Euler steps (default: 20)")
     made.add_argument("--cfg", type=float, default=3.0, help="guidance scale (default: 3)")
     made.add_argument(
+        "--vae", metavar="NAME", help="judge true pictures after this autoencoder instead (scenes-vae)"
+    )
+    made.add_argument(
         "--images", type=Path, metavar="DIR", help="keep the pictures, each with its caption, in DIR/NAME"
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
