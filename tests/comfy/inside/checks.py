@@ -91,7 +91,7 @@ def model_in_fp8_on_fake_gpu(context: Context) -> None:
 def model_with_lora_on_fake_gpu(context: Context) -> None:
     for budget in BUDGETS.values():
         model, _ = comfy.sd.load_lora_for_models(context.model(), None, context.lora(), 1.0, 0.0)
-        assert len(model.patches) == 4, sorted(model.patches)
+        assert len(model.patches) == 5, sorted(model.patches)
         apply_fake(model, budget)
 
 
@@ -124,6 +124,22 @@ def every_linear_layer_takes_lora(context: Context) -> None:
     for name in layers:
         assert keys[f"diffusion_model.{name}"] == f"diffusion_model.{name}.weight"
         assert f"lora_unet_{name.replace('.', '_')}" in keys
+
+
+def lora_is_the_same_under_every_budget(context: Context) -> None:
+    latent, text = torch.zeros(1, 16, 16, 16), [[torch.ones(1, 3, 32), {}]]
+    noise = comfy.sample.prepare_noise(latent, 0)
+    results = {}
+    for name, budget in BUDGETS.items():
+        model, _ = comfy.sd.load_lora_for_models(context.model(), None, context.lora(), 1.0, 0.0)
+        memory = 0 if name == "all" else max(1, int(model.model_size() * budget))
+        with torch.inference_mode():
+            model.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
+            results[name] = model.model.apply_model(noise, torch.ones(1), c_crossattn=text[0][0], transformer_options={})
+    assert torch.allclose(results["half"], results["all"], atol=1e-4)
+    assert torch.allclose(results["none"], results["all"], atol=1e-4)
+    plain = context.model().model.apply_model(noise, torch.ones(1), c_crossattn=text[0][0], transformer_options={})
+    assert not torch.allclose(results["all"], plain, atol=1e-2)
 
 
 def text_encoder_takes_lora(context: Context) -> None:
@@ -338,6 +354,7 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
     text_encoder_on_fake_gpu,
     vae_on_fake_gpu,
     every_linear_layer_takes_lora,
+    lora_is_the_same_under_every_budget,
     text_encoder_takes_lora,
     text_encoder_equals_plain_python,
     parentheses_are_text,
