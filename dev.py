@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -248,10 +249,14 @@ def comfyui_folder(version: str) -> Path:
 
 
 def run(python: Path, module: str, arguments: list[str], **environment: str) -> int:
-    """Exit code of `python -m module arguments` in the checkout; on Ctrl-C the process ends by itself."""
+    """Exit code of `python -m module arguments` in the checkout.
+
+    A Ctrl-C reaches the process from the terminal, a termination through this one: it ends by itself.
+    """
     command = [str(python), "-m", module, *arguments]
     sys.stdout.flush()
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while True:
             try:
                 code = process.wait()
