@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from . import xut
+from . import single_stream, xut
 from .xut.jax_port import JAX_SETTINGS, is_jax, jax_to_reference
 
 
@@ -76,6 +76,29 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_spec="eq-sdxl",
         prefixes=("model.diffusion_model.", "diffusion_model.", "unet.model.", "transformer.", "model.", ""),
         layouts=(Layout(name="jax", is_match=is_jax, convert=jax_to_reference, settings=JAX_SETTINGS),),
+    ),
+    Architecture(
+        name="single_stream",
+        model=single_stream.SingleStreamDiT,
+        presets=single_stream.PRESETS,
+        config_from_dict=single_stream.SingleStreamConfig.from_dict,
+        infer_config=single_stream.infer_config,
+        is_match=single_stream.is_match,
+        velocity=single_stream.velocity,
+        latent_channels=lambda config: config.in_channels,
+        size_extras=single_stream.size_extras,
+        latent_spec="flux1-unshifted",
+        prefixes=(
+            "model.diffusion_model.",
+            "diffusion_model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "_orig_mod.",
+            "module.",
+            "transformer.",
+            "model.",
+            "",
+        ),
     ),
 )
 

@@ -23,7 +23,7 @@ METADATA_TENSOR = "flowcore_metadata"
 """Last part of the name of a uint8 tensor that holds metadata as JSON, for hosts that drop a file's own."""
 
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin")
-_CONTAINERS = ("state_dict", "model", "module", "ema")
+_CONTAINERS = ("ema_state_dict", "model_state_dict", "state_dict", "model", "module", "ema")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

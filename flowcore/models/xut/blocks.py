@@ -19,7 +19,7 @@ from torch.nn import functional
 from ...layers.attention import widen
 from ...layers.embeddings import sinusoidal, timestep_frequencies
 from ...layers.modulation import Modulation, modulation
-from ...layers.norm import rms_norm
+from ...layers.norm import RMSNorm, at_use
 from ...layers.rope import Rotation, axial_angles, rotate_pairs, rotation
 from ...ops import AttentionFn, Ops
 from .config import XUTConfig
@@ -99,18 +99,6 @@ class TimestepEmbedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class RMSNorm(nn.Module):
-    """Division by the root mean square, then a weight per channel."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, device=device))
-
-    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """Return the normalised x times scale, float32."""
-        return rms_norm(x, eps=1e-6) * (_at_use(self.weight, x) * scale)
-
-
 class DyT(nn.Module):
     """tanh(weight * x) in the place of a norm, with a weight per channel.
 
@@ -123,7 +111,7 @@ class DyT(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return tanh(weight * x) times scale, float32."""
-        return torch.tanh(_at_use(self.in_weight, x) * x.float()) * scale
+        return torch.tanh(at_use(self.in_weight, x) * x.float()) * scale
 
 
 class AdaLN(nn.Module):
@@ -143,11 +131,6 @@ class AdaLN(nn.Module):
         return self.norm(x, own.scale) + own.shift, own.gate
 
 
-def _at_use(parameter: Tensor, like: Tensor) -> Tensor:
-    """Return the parameter in float32 beside the input: a host may hold it on another device."""
-    return parameter.to(device=like.device, dtype=torch.float32)
-
-
 def zero_init(layer: nn.Linear) -> nn.Linear:
     """Return the layer with weight and bias set to zero."""
     nn.init.zeros_(layer.weight)
@@ -165,7 +148,7 @@ class AxialRoPE(nn.Module):
 
     def forward(self, positions: Tensor) -> Rotation:
         """Return the rotation at positions `b n 2`, float32."""
-        return rotation(axial_angles(positions, _at_use(self.freqs, positions).exp()))
+        return rotation(axial_angles(positions, at_use(self.freqs, positions).exp()))
 
 
 class SelfAttention(nn.Module):

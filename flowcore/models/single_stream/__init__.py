@@ -1,0 +1,15 @@
+"""SingleStreamDiT: one stream of text and image tokens, with filters by spatial frequency."""
+
+from .config import PRESETS, SingleStreamConfig, infer_config, is_match
+from .model import SingleStreamDiT
+from .velocity import size_extras, velocity
+
+__all__ = [
+    "PRESETS",
+    "SingleStreamConfig",
+    "SingleStreamDiT",
+    "infer_config",
+    "is_match",
+    "size_extras",
+    "velocity",
+]
