@@ -16,10 +16,11 @@ from flowcore.errors import ConfigError
 from training.cli import DONE, parser, run_command
 from training.files import write_atomic
 from training.scenes import Verdict, accuracy, captions_held_out, judge
+from training.scenes.scene import ObjectCount
 
 SEED = 2026
 BATCH = 50
-KINDS = {"one": ("one",), "two": ("two",), "mixed": ("one", "two")}
+KINDS: dict[str, tuple[ObjectCount, ...]] = {"one": ("one",), "two": ("two",), "mixed": ("one", "two")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def draw_captions(count: int, objects: str) -> list[str]:
     shares = [count // len(kinds) + (i < count % len(kinds)) for i in range(len(kinds))]
     return [
         c for kind, share in zip(kinds, shares, strict=True) for c in captions_held_out(share, SEED, kind)
-    ]  # type: ignore[arg-type]
+    ]
 
 
 def bundled_models() -> list[str]:
@@ -82,7 +83,8 @@ def bundled_models() -> list[str]:
 
 def measure(name: str, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracy, size and speed of one model over the captions."""
-    from flowcore.pipeline import Pipeline, Settings
+    from flowcore.pipeline import Pipeline
+    from flowcore.settings import Settings
 
     pipeline = Pipeline.from_files(name)
     settings = Settings(num_steps=arguments.steps, cfg_scale=arguments.cfg)

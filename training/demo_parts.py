@@ -220,7 +220,7 @@ def judge_images(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
 
     pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     verdicts = [(judge(p, c), len(parse_caption(c).objects)) for p, c in zip(pixels, captions, strict=True)]
-    values = {}
+    values: dict[str, float] = {}
     for count, name in ((1, "one"), (2, "two")):
         shares = accuracy([verdict for verdict, objects in verdicts if objects == count])
         values |= {f"{name}/{attribute}": share for attribute, share in shares.items() if share is not None}
