@@ -42,7 +42,7 @@ from .path import (
 )
 from .runge_kutta import bosh3, bosh3_fixed, dopri5, dopri5_fixed
 from .schedule import flux1_mu, flux2_mu, resolution_shift, shift_sigma, sigma_grid, zero_init
-from .solvers import SOLVERS, ab2, ddim, dpmpp_2m, euler, euler_ancestral, heun, midpoint, rk4
+from .solvers import SOLVERS, ab2, ddim, dpmpp_2m, euler, euler_ancestral, heun, midpoint, rk4, rk4_reference
 from .steps import NoiseFn, Solver, StepCallback, StepState, generator_noise
 
 __all__ = [
@@ -95,6 +95,7 @@ __all__ = [
     "resolution_shift",
     "restore_kept",
     "rk4",
+    "rk4_reference",
     "sample_sigma",
     "shift_sigma",
     "shifted",

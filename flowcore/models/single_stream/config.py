@@ -1,6 +1,6 @@
 """Sizes and switches of SingleStreamDiT, its presets, and how to read them back from a checkpoint's tensors.
 
-Source: Particle1904/SingleStreamDiT_T5Gemma2, config.py and model.py: revision 333d3fa (`v3`), 01b01b7 (`head`).
+Source: Particle1904/SingleStreamDiT_T5Gemma2, config.py and model.py: 333d3fa (`v3`), 01b01b7 (`head`).
 """
 
 import math
@@ -22,7 +22,7 @@ class SingleStreamConfig:
 
     variant: `v3` mixes the channels of every frequency in all blocks that see the image; `head` gives every
     channel a gain by frequency, in the noise refiners (use_fourier_in_refiner) and after the joint blocks
-    (fourier_stack_depth). refiner_depth: blocks that see the image alone, and as many that see the text alone.
+    (fourier_stack_depth). refiner_depth: blocks that see the image alone, and as many for the text alone.
     max_token_length: text tokens that have a position. dropout: share of a branch's values, in training.
     fourier_gate: start of the filters' gates, before tanh.
     """
@@ -142,7 +142,8 @@ PRESETS: Mapping[str, SingleStreamConfig] = {
     "v3-768": _V3_768,
     "head-768": replace(_V3_768, variant="head", fourier_gate=0.01, fourier_stack_depth=2),
 }
-"""v3-384, v3-768: the published sizes, for text states of T5Gemma2 1b-1b. head-768: HEAD's default, unpublished."""
+"""v3-384, v3-768: the published sizes, for text states of T5Gemma2 1b-1b. head-768: HEAD's default, of which
+nothing is published."""
 
 
 def infer_config(
@@ -206,5 +207,3 @@ def is_match(keys: Collection[str]) -> bool:
     Its caption embedder has the names of Lumina 2's, which has neither text positions nor a local bias.
     """
     return "text_pos_embed" in keys and "blocks.0.local_bias.conv.weight" in keys
-
-

@@ -27,8 +27,8 @@ _DIAGONAL = 0.70710678  # largest frequency, in cycles per token, that a grid ho
 class ChannelMixer(nn.Module):
     """V3's filter: the same two-layer network on the channels of every frequency, gated.
 
-    No weight depends on the grid. Low frequencies grow with its size, so that a larger image does not meet the
-    same function at another scale.
+    No weight depends on the grid. Low frequencies grow with its size, so that a larger image does not meet
+    the same function at another scale.
     """
 
     def __init__(self, config: SingleStreamConfig, *, ops: Ops, device: torch.device | str | None) -> None:
@@ -48,7 +48,7 @@ class ChannelMixer(nn.Module):
             # Real and imaginary part of a channel are neighbours.
             parts = rearrange(torch.view_as_real(spectrum), "b h f d two -> b h f (d two)")
             mixed = rearrange(self.freq_mlp(parts), "b h f (d two) -> b h f d two", two=2)
-            result = _to_grid(torch.view_as_complex(mixed), rows, columns, at_use(self.gate, x).tanh())
+            result = _to_grid(torch.view_as_complex(mixed), columns, at_use(self.gate, x).tanh())
             return rearrange(result, "b h w d -> b (h w) d")
 
 
@@ -82,7 +82,7 @@ class SpectralGain(nn.Module):
             padded = functional.pad(grid, (_PADDING,) * 4, mode="reflect")
             spectrum = torch.fft.rfft2(rearrange(padded, "b d h w -> b h w d"), dim=(1, 2), norm="ortho")
             gain = self._gain(height, width, x)
-            result = _to_grid(spectrum * gain, height, width, at_use(self.gate, x).tanh())
+            result = _to_grid(spectrum * gain, width, at_use(self.gate, x).tanh())
             inner = result[:, _PADDING:-_PADDING, _PADDING:-_PADDING]
             return rearrange(inner, "b h w d -> b (h w) d")
 
@@ -92,7 +92,10 @@ class SpectralGain(nn.Module):
         fx = torch.fft.rfftfreq(width, device=like.device)
         places = torch.stack(torch.meshgrid(fy, fx, indexing="ij"), dim=-1)  # h f 2
         radius = places.square().sum(-1, keepdim=True).sqrt() / _DIAGONAL
-        cutoff, scale = at_use(self.raw_cutoff, like).sigmoid(), functional.softplus(at_use(self.raw_scale, like))
+        cutoff, scale = (
+            at_use(self.raw_cutoff, like).sigmoid(),
+            functional.softplus(at_use(self.raw_scale, like)),
+        )
         share = torch.sigmoid((cutoff - radius) * scale)  # h f 1
         blend = torch.lerp(self.high_mlp(places), self.low_mlp(places), share)  # h f (two d)
         amplitude, phase = blend.chunk(2, dim=-1)
@@ -113,7 +116,7 @@ class FilteredResidual(nn.Module):
         return result
 
 
-def _to_grid(spectrum: Tensor, rows: int, columns: int, factor: Tensor) -> Tensor:
+def _to_grid(spectrum: Tensor, columns: int, factor: Tensor) -> Tensor:
     """Return factor times the real grid `b h w d` of a half spectrum `b h f d`."""
     lines = torch.view_as_real(torch.fft.ifft(spectrum, dim=1, norm="ortho"))  # b h f d two
     own = torch.arange(lines.shape[2], device=spectrum.device) * 2 % columns == 0  # frequencies 0 and 1/2

@@ -5,8 +5,8 @@
     text ----> tokens --> context refiners --+
     time ----> modulation of every block that sees the image
 
-Text tokens carry a learned position, image tokens are turned by theirs. Both variants are one figure: V3 has a
-filter in every block that sees the image, HEAD has filters in the noise refiners and after the joint blocks.
+Text tokens carry a learned position, image tokens are turned by theirs. Both variants are one figure: V3 has
+a filter in every block that sees the image, HEAD has filters in the noise refiners and after the joint blocks.
 
 Source: Particle1904/SingleStreamDiT_T5Gemma2, model.py.
 """
@@ -139,9 +139,7 @@ class SingleStreamDiT(nn.Module):
     def _embed_image(self, x: Tensor) -> Tensor:
         """Return image tokens `b n d`, float32."""
         patch = self.config.patch_size
-        tokens: Tensor = self.x_embedder(
-            rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-        )
+        tokens: Tensor = self.x_embedder(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch))
         return tokens.float()
 
     def _embed_text(
@@ -170,7 +168,9 @@ class SingleStreamDiT(nn.Module):
             return [None] * count
         if generator is None:
             raise ShapeError(
-                f"generator must be given in training with dropout, got None with dropout {self.config.dropout}"
+                f"generator must be given in training with dropout, got None with {self.config.dropout}"
             )
-        seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
+        seeds: list[int] = torch.randint(
+            2**62, (count,), generator=generator, device=generator.device
+        ).tolist()
         return seeds

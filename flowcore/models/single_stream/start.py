@@ -11,7 +11,10 @@ _STD = 0.02
 
 
 def initialize(
-    embedders: Iterable[nn.Linear], tokens: Iterable[nn.Parameter], blocks: Iterable[nn.Module], last: nn.Linear
+    embedders: Iterable[nn.Linear],
+    tokens: Iterable[nn.Parameter],
+    blocks: Iterable[nn.Module],
+    last: nn.Linear,
 ) -> None:
     """Set weights in place; whatever is not named here keeps the value that its layer was built with.
 

@@ -1,4 +1,4 @@
-"""SingleStreamDiT in the project's convention: latents, noise level and conditioning in, noise - clean out."""
+"""SingleStreamDiT in the project's convention: latents, noise level, conditions in; noise - clean out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def velocity(
         forward: a SingleStreamDiT's forward, bound.
         latents: `b c h w`.
         sigma: `b` in [0, 1], 1 = noise, float32.
-        conditioning: context and mask; its batch is 1 or that of latents. No context, or zeros, means no text.
+        conditioning: context and mask; its batch is 1 or that of latents. No context, or zeros: no text.
         dtype: what the network computes in; None = the dtype of latents.
         options: passed to forward: generator, runtime.
 
