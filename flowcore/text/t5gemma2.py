@@ -1,9 +1,10 @@
 """T5Gemma2 text encoder: prompts to token states, padding included.
 
 The network is the text half of transformers' T5Gemma2 encoder, which needs transformers 5; neither the
-decoder nor the image half is read. Source of the recipe: Particle1904/SingleStreamDiT_T5Gemma2, preprocess.py:
-hidden states after the final norm of BOS + text, cut to 128 tokens and always padded to 128; the attention is
-masked, but the states of padding are handed on as they are.
+decoder nor the image half is read. Recipe: hidden states after the final norm of BOS + text, cut to 128
+tokens and always padded to 128; the attention is masked, but the states of padding are handed on as they are.
+
+Source: Particle1904/SingleStreamDiT_T5Gemma2, preprocess.py.
 """
 
 import json
@@ -206,8 +207,8 @@ def load_text_encoder(
 
     Args:
         path_or_name: a folder with config.json, tokenizer.json and weights, or a file with the settings in
-            its metadata `flowcore.config` and the tokenizer in the tensor `tokenizer_json`; either may instead
-            lie beside the file.
+            its metadata `flowcore.config` and the tokenizer in the tensor `tokenizer_json`; either may lie
+            beside the file instead.
         device: where the weights go.
         dtype: of weights and computation; None keeps the file's, bfloat16 in the published ones.
         padding_side: None = what tokenizer_config.json or the file says, else that of Gemma's tokenizers.

@@ -6,7 +6,7 @@
     time ----> modulation of every block that sees the image
 
 Text tokens carry a learned position, image tokens are turned by theirs. Both variants are one figure: V3 has
-a filter in every block that sees the image, HEAD has filters in the noise refiners and after the joint blocks.
+a filter in every block that sees the image, HEAD has them in the noise refiners and after the joint blocks.
 
 Source: Particle1904/SingleStreamDiT_T5Gemma2, model.py.
 """
