@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoTokenizer, GemmaTokenizer
+from transformers import GemmaTokenizer
 
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.text.files import SPECIAL_TOKENS
@@ -76,7 +76,7 @@ def states(encoder: T5Gemma2TextEncoder, prompts: list[str]) -> torch.Tensor:
 
 
 def test_tokens_are_those_of_transformers(folder: Path) -> None:
-    reference = AutoTokenizer.from_pretrained(folder)
+    reference = GemmaTokenizer.from_pretrained(folder)
     prompts = [*PROMPTS, "a" * 300, "a bee é"]
     for side in ("left", "right"):
         reference.padding_side = side
