@@ -169,7 +169,9 @@ def build_network(config: Mapping[str, Any], *, source: str, device: torch.devic
     except Exception as err:  # the check behind it has error classes that differ between its versions
         reason = " ".join(str(err).split())
         raise ConfigError(f"settings of {source} must fit T5Gemma2, got {reason}") from err
-    typed.dropout_rate = 0.0  # which only the settings of encoder and decoder together have; nothing trains here
+    typed.dropout_rate = (
+        0.0  # which only the settings of encoder and decoder together have; nothing trains here
+    )
     with torch.device(device):
         network: nn.Module = Network(typed, eoi_token_index=image_end)
     return network

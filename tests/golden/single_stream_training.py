@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from flowcore.flow import (
-    SOLVERS,
     cfg,
+    euler,
     guided_pair,
     interpolate,
+    rk4_reference,
     shift_sigma,
     sigma_grid,
     velocity_to_denoised,
@@ -21,7 +22,7 @@ from training.data.ratio_buckets import nearest_ratio, place, ratio_buckets
 from training.objectives import frequency_losses as losses
 from training.optim import lr_multiplier
 
-SAMPLERS = {"euler": "euler", "rk4": "rk4_reference"}
+SAMPLERS = {"euler": euler, "rk4": rk4_reference}
 
 
 def toy(numbers: list[float], x: Tensor, time: Tensor, text: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def sampler_cases(tensors: Tensors, metadata: Metadata, options: Options) -> Ite
     config = json.loads(metadata["config"])
     for run in config["runs"]:
         times: list[Tensor] = []
-        solver = SOLVERS[SAMPLERS[run["sampler"]]]
+        solver = SAMPLERS[run["sampler"]]
         result = solver(
             run_velocity(given, config["abc"], run, times), given["noise"], sigma_grid(run["steps"])
         )

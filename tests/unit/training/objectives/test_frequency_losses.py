@@ -18,8 +18,8 @@ from training.objectives.frequency_losses import (
     velocity_loss,
 )
 
-CLEAN = torch.linspace(-1, 1, 2 * 3 * 4 * 5).view(2, 3, 4, 5)
-NOISE = CLEAN.flip(-1) + 0.5
+CLEAN = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+NOISE = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 SIGMA = torch.tensor([0.2, 0.4])
 
 
@@ -50,8 +50,9 @@ def test_losses_on_spectra_stop_at_their_noise_levels() -> None:
     for loss, level in ((amplitude_loss, 0.5), (coherence_loss, 0.7)):
         assert loss(other, CLEAN, torch.full((2,), level)) == 0
         assert loss(other, CLEAN, torch.full((2,), level - 0.01)) > 0
-    halves = [amplitude_loss(other, CLEAN, torch.tensor(levels)) for levels in ([0.2, 0.2], [0.2, 0.9])]
-    assert halves[1].item() == pytest.approx(halves[0].item() / 2, rel=0.1)  # a masked sample counts as zeros
+    half = amplitude_loss(other, CLEAN, torch.tensor([0.2, 0.9]))  # a masked sample counts as zeros
+    alone = amplitude_loss(other[:1], CLEAN[:1], torch.tensor([0.2]))
+    assert half.item() == pytest.approx(alone.item() / 2)
 
 
 def test_constant_difference_has_one_frequency() -> None:
