@@ -150,7 +150,8 @@ def mixed_loss(
 
 def _spectrum(latents: Tensor) -> Tensor:
     """Half spectrum `b c h f` of latents `b c h w`, complex64."""
-    return torch.fft.rfft2(latents.float(), norm="ortho")
+    spectrum: Tensor = torch.fft.rfft2(latents.float(), norm="ortho")
+    return spectrum
 
 
 def _noise_to_data(sigma: Tensor) -> Tensor:
@@ -159,4 +160,5 @@ def _noise_to_data(sigma: Tensor) -> Tensor:
 
 def _norm(latents: Tensor) -> Tensor:
     """Length of each sample, `b 1 1 1`."""
-    return torch.linalg.vector_norm(latents, dim=(1, 2, 3), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(latents, dim=(1, 2, 3), keepdim=True)
+    return norm

@@ -48,8 +48,8 @@ class ChannelMixer(nn.Module):
             # Real and imaginary part of a channel are neighbours.
             parts = rearrange(torch.view_as_real(spectrum), "b h f d two -> b h f (d two)")
             mixed = rearrange(self.freq_mlp(parts), "b h f (d two) -> b h f d two", two=2)
-            result = _to_grid(torch.view_as_complex(mixed), columns, at_use(self.gate, x).tanh())
-            return rearrange(result, "b h w d -> b (h w) d")
+            grid = _to_grid(torch.view_as_complex(mixed), columns, at_use(self.gate, x).tanh())
+            return rearrange(grid, "b h w d -> b (h w) d")
 
 
 class SpectralGain(nn.Module):
@@ -82,8 +82,8 @@ class SpectralGain(nn.Module):
             padded = functional.pad(grid, (_PADDING,) * 4, mode="reflect")
             spectrum = torch.fft.rfft2(rearrange(padded, "b d h w -> b h w d"), dim=(1, 2), norm="ortho")
             gain = self._gain(height, width, x)
-            result = _to_grid(spectrum * gain, width, at_use(self.gate, x).tanh())
-            inner = result[:, _PADDING:-_PADDING, _PADDING:-_PADDING]
+            whole = _to_grid(spectrum * gain, width, at_use(self.gate, x).tanh())
+            inner = whole[:, _PADDING:-_PADDING, _PADDING:-_PADDING]
             return rearrange(inner, "b h w d -> b (h w) d")
 
     def _gain(self, height: int, width: int, like: Tensor) -> Tensor:
@@ -122,7 +122,8 @@ def _to_grid(spectrum: Tensor, columns: int, factor: Tensor) -> Tensor:
     own = torch.arange(lines.shape[2], device=spectrum.device) * 2 % columns == 0  # frequencies 0 and 1/2
     weight = torch.stack((torch.ones_like(own), ~own), dim=-1) * factor  # f two
     lines = torch.view_as_complex(lines * weight[:, None])
-    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
+    grid: Tensor = torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
+    return grid
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

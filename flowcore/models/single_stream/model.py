@@ -133,7 +133,7 @@ class SingleStreamDiT(nn.Module):
         image = stream[:, num_text:]
         for block in cast("Iterable[FilteredResidual]", self.final_fourier_blocks):
             image = block(image, rows, columns)
-        patches = self.final_layer(self.final_norm(image).to(dtype))  # b n (c p p)
+        patches: Tensor = self.final_layer(self.final_norm(image).to(dtype))  # b n (c p p)
         return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
     def _embed_image(self, x: Tensor) -> Tensor:
