@@ -24,14 +24,16 @@ def fan_in(shape: Sequence[int]) -> int:
 
 
 def lr_multiplier(
-    name: str, step: int, *, steps: int, warmup_steps: int = 0, minimum: float = 0.0
+    name: str, step: int, *, steps: int, warmup_steps: int = 0, minimum: float = 0.0, warmup: str = "linear"
 ) -> float:
-    """Factor on every learning rate at `step` (from 0), after a linear warm-up, of a curve of `steps` steps.
+    """Factor on every learning rate at `step` (from 0), after a warm-up, of a curve of `steps` steps.
 
-    constant stays at 1; linear and cosine fall to `minimum` at `steps` and stay there.
+    constant stays at 1; linear and cosine fall to `minimum` at `steps` and stay there. The warm-up rises from
+    0 in a straight line, or with warmup `cosine` in half a wave.
     """
     if step < warmup_steps:
-        return step / warmup_steps
+        share = step / warmup_steps
+        return 0.5 * (1 - math.cos(math.pi * share)) if warmup == "cosine" else share
     if name == "constant":
         return 1.0
     length = steps - warmup_steps

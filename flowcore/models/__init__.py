@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from . import xut
+from . import tinyflux, xut
+from .tinyflux.layouts import has_idle, is_version_3, version_3_to_current, without_idle
 from .xut.jax_port import JAX_SETTINGS, is_jax, jax_to_reference
 
 
@@ -76,6 +77,23 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_spec="eq-sdxl",
         prefixes=("model.diffusion_model.", "diffusion_model.", "unet.model.", "transformer.", "model.", ""),
         layouts=(Layout(name="jax", is_match=is_jax, convert=jax_to_reference, settings=JAX_SETTINGS),),
+    ),
+    Architecture(
+        name="tinyflux",
+        model=tinyflux.TinyFlux,
+        presets=tinyflux.PRESETS,
+        config_from_dict=tinyflux.TinyFluxConfig.from_dict,
+        infer_config=tinyflux.infer_config,
+        is_match=tinyflux.is_match,
+        velocity=tinyflux.velocity,
+        latent_channels=lambda config: config.in_channels,
+        size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
+        latent_spec="flux1-unshifted",
+        prefixes=("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "_orig_mod.", ""),
+        layouts=(
+            Layout(name="tinyflux-v3", is_match=is_version_3, convert=version_3_to_current),
+            Layout(name="tinyflux-idle", is_match=has_idle, convert=without_idle),
+        ),
     ),
 )
 

@@ -84,6 +84,7 @@ LATENT_SPECS: dict[str, LatentSpec] = {
         ),
         scaled_spec("sd3", channels=16, scale=1.5305, shift=0.0609),
         scaled_spec("flux1", channels=16, scale=0.3611, shift=0.1159),
+        scaled_spec("flux1-unshifted", channels=16, scale=0.3611),  # TinyFlux leaves the shift out
     )
 }
 

@@ -1,0 +1,275 @@
+"""The parts of TinyFlux: embedders, norms, the attention that Sol steers, and the two kinds of block.
+
+Text and image are one row of tokens, text first, through the whole network; double blocks split it.
+Parameters carry the names of the published checkpoints. Source: AbstractEyes/tiny-flux, version 4.2.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...layers.modulation import gated_sum
+from ...layers.norm import rms_norm
+from ...layers.rope import Rotation, rotate_pairs, rotation
+from ...ops import AttentionFn, Ops
+from .config import TinyFluxConfig
+
+_THETA = 10_000.0
+_MAX_LOG_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """What steers the blocks, the same for all of them.
+
+    Shapes: condition `b 1 d`; bias broadcastable to `b nh l l`, l = m + n; importance `b 1 h w` float32 and
+    inverse_temperature `b 1 1 1` float32, both None without Sol. double_turn leaves text as it is.
+    """
+
+    num_text: int
+    condition: Tensor
+    double_turn: Rotation
+    single_turn: Rotation
+    bias: Tensor | None = None
+    importance: Tensor | None = None
+    inverse_temperature: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square, then a weight per channel."""
+
+    def __init__(self, dim: int, **where: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, **where))
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return norm(x) * weight, with modulation norm(x) * weight * (1 + scale) + shift, in the dtype of x.
+
+        modulation: shift and scale `b 1 d`, float32, in which all is computed.
+        """
+        weight = self.weight.to(device=x.device, dtype=torch.float32)  # a host may hold it elsewhere
+        normed = rms_norm(x, eps=1e-6)
+        if modulation is None:
+            return (normed * weight).to(x.dtype)
+        shift, scale = modulation
+        return torch.addcmul(shift, normed, weight * (1 + scale)).to(x.dtype)
+
+
+class AdaNorm(nn.Module):
+    """The norm before attention, and the vectors that the condition gives to the block."""
+
+    def __init__(self, dim: int, num_vectors: int, *, ops: Ops, **where: Any) -> None:
+        super().__init__()
+        self.num_vectors = num_vectors
+        self.linear = ops.linear(dim, num_vectors * dim, **where)
+        self.norm = RMSNorm(dim, **where)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the modulated norm of x `b l d`, and the vectors `b 1 d` that are left, float32."""
+        shift, scale, *rest = self.linear(condition).float().chunk(self.num_vectors, dim=-1)
+        return self.norm(x, (shift, scale)), tuple(rest)
+
+
+class TimestepEmbedding(nn.Module):
+    """A vector for a number: sines, then cosines, through two layers. The number is not scaled."""
+
+    def __init__(self, dim: int, *, ops: Ops, num_channels: int = 256, **where: Any) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.mlp = nn.Sequential(
+            ops.linear(num_channels, dim, **where), nn.SiLU(), ops.linear(dim, dim, **where)
+        )
+
+    def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `b d` in dtype for values `b`; angles, sines and cosines are float32."""
+        half = self.num_channels // 2
+        steps = torch.arange(half, dtype=torch.float32, device=values.device)
+        angles = values.float()[:, None] * torch.exp(steps * (-math.log(_THETA) / (half - 1)))
+        vector: Tensor = self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype))
+        return vector
+
+
+class RotaryTables(nn.Module):
+    """Frequencies of the position axes, kept in files as buffers, which half-precision files round."""
+
+    def __init__(self, axes: tuple[int, ...], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.axes = axes
+        for axis, size in enumerate(axes):
+            self.register_buffer(f"freqs_{axis}", _frequencies(size, device))
+
+    def forward(self, positions: Tensor) -> Rotation:
+        """Return the rotation at positions `n a`, float32."""
+        angles = [
+            positions[:, axis, None].float() * self.get_buffer(f"freqs_{axis}").float()
+            for axis in range(len(self.axes))
+        ]
+        return rotation(torch.cat(angles, dim=-1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Stand in for frequencies that a file lacks."""
+        for axis, size in enumerate(self.axes):
+            state_dict.setdefault(f"{prefix}freqs_{axis}", _frequencies(size, None))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def grid_positions(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Return (0, row, column) of the cells of a grid, row by row, `n 3`, float32."""
+    places = [torch.arange(count, dtype=torch.float32, device=device) for count in (1, rows, columns)]
+    return torch.cartesian_prod(*places)
+
+
+def _frequencies(size: int, device: torch.device | str | None) -> Tensor:
+    """Return theta^(-2 j / size) for j = 0 .. size/2 - 1, float32."""
+    return _THETA ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+
+
+class MLP(nn.Module):
+    """Two layers with the tanh form of GELU between."""
+
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+        super().__init__()
+        self.fc1 = ops.linear(config.hidden_size, config.mlp_dim, **where)
+        self.fc2 = ops.linear(config.mlp_dim, config.hidden_size, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `b l d`."""
+        result: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+        return result
+
+
+class SteeredAttention(nn.Module):
+    """What both attentions do between their projections; subclasses own those.
+
+    Sol makes image queries and keys longer or shorter where an image is important, head by head, and divides
+    the logits by a temperature.
+    """
+
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.spatial_to_mod = None
+        if config.use_sol_prior:
+            self.spatial_to_mod = ops.conv2d(1, config.num_attention_heads, kernel_size=1, **where)
+            nn.init.zeros_(self.spatial_to_mod.weight)
+            nn.init.zeros_(self.spatial_to_mod.bias)
+
+    def mix(
+        self, qkv: Tensor, turn: Rotation, signals: Signals, attention: AttentionFn, *, cools_text: bool
+    ) -> Tensor:
+        """Return the mixed values `b l d` of projections `b l (three nh e)`.
+
+        cools_text: whether the temperature acts on text queries, too.
+        """
+        queries_keys, values = qkv.split((2 * qkv.shape[-1] // 3, qkv.shape[-1] // 3), dim=-1)
+        # Queries and keys are turned and scaled as one tensor of twice as many heads.
+        turned = rotate_pairs(rearrange(queries_keys, "b l (nh e) -> b nh l e", nh=2 * self.heads), turn)
+        factors = self._factors(signals, cools_text)
+        if factors is not None:
+            turned = (turned * factors).to(qkv.dtype)
+        q, k = turned.chunk(2, dim=1)
+        return attention(q, k, rearrange(values, "b l (nh e) -> b nh l e", nh=self.heads), signals.bias)
+
+    def _factors(self, signals: Signals, cools_text: bool) -> Tensor | None:
+        """Return what queries and keys are multiplied by, `b (two nh) l 1` float32; None = nothing."""
+        if self.spatial_to_mod is None or signals.importance is None or signals.inverse_temperature is None:
+            return None
+        importance = signals.importance.to(signals.condition.dtype)
+        logs: Tensor = self.spatial_to_mod(importance).float()  # b nh h w
+        image = logs.clamp(-_MAX_LOG_FACTOR, _MAX_LOG_FACTOR).exp().flatten(2)[..., None]  # b nh n 1
+        text = image.new_ones(*image.shape[:2], signals.num_text, 1)
+        cold = signals.inverse_temperature
+        queries = torch.cat((text * cold if cools_text else text, image * cold), dim=2)
+        return torch.cat((queries, torch.cat((text, image), dim=2)), dim=1)
+
+
+class JointAttention(SteeredAttention):
+    """Attention over text and image with projections of their own."""
+
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+        super().__init__(config, ops=ops, **where)
+        dim = config.hidden_size
+        self.txt_qkv = ops.linear(dim, 3 * dim, bias=False, **where)
+        self.img_qkv = ops.linear(dim, 3 * dim, bias=False, **where)
+        self.txt_out = ops.linear(dim, dim, bias=False, **where)
+        self.img_out = ops.linear(dim, dim, bias=False, **where)
+
+    def forward(
+        self, txt: Tensor, img: Tensor, signals: Signals, attention: AttentionFn
+    ) -> tuple[Tensor, Tensor]:
+        """Return text `b m d` and image `b n d`. Text queries know no temperature."""
+        qkv = torch.cat((self.txt_qkv(txt), self.img_qkv(img)), dim=1)  # b (m + n) (three nh e)
+        mixed = self.mix(qkv, signals.double_turn, signals, attention, cools_text=False)
+        return self.txt_out(mixed[:, : signals.num_text]), self.img_out(mixed[:, signals.num_text :])
+
+
+class Attention(SteeredAttention):
+    """Attention over the whole row of tokens."""
+
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+        super().__init__(config, ops=ops, **where)
+        self.qkv = ops.linear(config.hidden_size, 3 * config.hidden_size, bias=False, **where)
+        self.out_proj = ops.linear(config.hidden_size, config.hidden_size, bias=False, **where)
+
+    def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
+        """Return `b l d`."""
+        mixed = self.mix(self.qkv(x), signals.single_turn, signals, attention, cools_text=True)
+        result: Tensor = self.out_proj(mixed)
+        return result
+
+
+class DoubleBlock(nn.Module):
+    """Text and image with weights of their own, joined in attention; everything modulated and gated."""
+
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.img_norm1 = AdaNorm(dim, 6, ops=ops, **where)
+        self.txt_norm1 = AdaNorm(dim, 6, ops=ops, **where)
+        self.attn = JointAttention(config, ops=ops, **where)
+        self.img_norm2 = RMSNorm(dim, **where)
+        self.txt_norm2 = RMSNorm(dim, **where)
+        self.img_mlp = MLP(config, ops=ops, **where)
+        self.txt_mlp = MLP(config, ops=ops, **where)
+
+    def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
+        """Return the row `b (m + n) d` after the block."""
+        txt, img = x[:, : signals.num_text], x[:, signals.num_text :]
+        txt_normed, txt_vectors = self.txt_norm1(txt, signals.condition)
+        img_normed, img_vectors = self.img_norm1(img, signals.condition)
+        txt_mixed, img_mixed = self.attn(txt_normed, img_normed, signals, attention)
+        txt = _after_attention(txt, txt_mixed, txt_vectors, self.txt_norm2, self.txt_mlp)
+        img = _after_attention(img, img_mixed, img_vectors, self.img_norm2, self.img_mlp)
+        return torch.cat((txt, img), dim=1)
+
+
+def _after_attention(
+    x: Tensor, mixed: Tensor, vectors: tuple[Tensor, ...], norm: nn.Module, mlp: nn.Module
+) -> Tensor:
+    """Return one stream `b l d` of a double block after its gated attention and feed-forward."""
+    attn_gate, shift, scale, mlp_gate = vectors
+    x = gated_sum(x, attn_gate, mixed)
+    return gated_sum(x, mlp_gate, mlp(norm(x, (shift, scale))))
+
+
+class SingleBlock(nn.Module):
+    """Attention, then a feed-forward that is neither modulated nor gated (Flux has them side by side)."""
+
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+        super().__init__()
+        self.norm = AdaNorm(config.hidden_size, 3, ops=ops, **where)
+        self.attn = Attention(config, ops=ops, **where)
+        self.mlp = MLP(config, ops=ops, **where)
+        self.norm2 = RMSNorm(config.hidden_size, **where)
+
+    def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
+        """Return the row `b (m + n) d` after the block."""
+        normed, (gate,) = self.norm(x, signals.condition)
+        x = gated_sum(x, gate, self.attn(normed, signals, attention))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result

@@ -1,0 +1,260 @@
+"""TinyFlux, a small two-stream transformer with two built-in predictors of teacher features.
+
+    latents, a token a cell ---------------------+
+    text tokens ---------------------------------+-> [ double blocks ] -> [ single blocks ] -> velocity
+    time, pooled text -+-> condition of all blocks        ^                    ^
+                       +-> Lune: added to the condition   |                    |
+                       +-> Sol: temperature and importance in every attention -+
+
+Time runs from 0 = noise to 1 = data, and the output is data - noise. Source: AbstractEyes/tiny-flux, 4.2.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...layers.rope import Rotation
+from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
+from .blocks import (
+    DoubleBlock,
+    RMSNorm,
+    RotaryTables,
+    Signals,
+    SingleBlock,
+    TimestepEmbedding,
+    grid_positions,
+)
+from .config import TinyFluxConfig
+from .experts import (
+    LuneOutput,
+    LunePredictor,
+    SolOutput,
+    SolPrior,
+    importance_grid,
+    inverse_temperature,
+)
+from .inputs import FULL_USE, ExpertUse, check_experts, check_inputs, check_positions, check_size
+
+
+Info: TypeAlias = dict[str, dict[str, Any] | None]
+"""What the predictors said, by the original's names; None where one is absent or off."""
+
+
+class TinyFlux(nn.Module):
+    """Predicts the velocity data - noise of tokens; time runs from 0 = noise to 1 = data."""
+
+    def __init__(
+        self,
+        config: TinyFluxConfig,
+        *,
+        ops: Ops = TORCH_OPS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Build the layers: Xavier-uniform, no biases, and a zero output. Modulations start at random."""
+        super().__init__()
+        self.config = config
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim = config.hidden_size
+        self.img_in = ops.linear(config.in_channels, dim, **where)
+        self.txt_in = ops.linear(config.joint_attention_dim, dim, **where)
+        self.time_in = TimestepEmbedding(dim, ops=ops, **where)
+        self.vector_in = nn.Sequential(nn.SiLU(), ops.linear(config.pooled_projection_dim, dim, **where))
+        self.t5_pool = self.text_balance = None
+        if config.use_t5_vec:
+            self.t5_pool = nn.Sequential(
+                ops.linear(config.joint_attention_dim, dim, **where),
+                nn.SiLU(),
+                ops.linear(dim, dim, **where),
+            )
+            self.text_balance = nn.Parameter(torch.zeros((), **where))
+        self.guidance_in = TimestepEmbedding(dim, ops=ops, **where) if config.guidance_embeds else None
+        self.lune_predictor = LunePredictor(config, ops=ops, **where) if config.use_lune_expert else None
+        self.sol_prior = SolPrior(config, ops=ops, **where) if config.use_sol_prior else None
+        self.rope = RotaryTables(config.axes_dims_rope, device)
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(config, ops=ops, **where) for _ in range(config.num_double_layers)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(config, ops=ops, **where) for _ in range(config.num_single_layers)
+        )
+        self.final_norm = RMSNorm(dim, **where)
+        self.final_linear = ops.linear(dim, config.in_channels, **where)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Give every layer the published initial values, and freeze what the configuration freezes."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.final_linear.weight)
+        if self.lune_predictor is not None:
+            self.lune_predictor.requires_grad_(not self.config.freeze_lune)
+        if self.sol_prior is not None:
+            self.sol_prior.requires_grad_(not self.config.freeze_sol)
+
+    def forward(  # noqa: PLR0913 - the original's arguments and ours
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor | None,
+        timestep: Tensor,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        lune_features: Tensor | None = None,
+        sol_stats: Tensor | None = None,
+        sol_spatial: Tensor | None = None,
+        return_expert_pred: bool = False,
+        *,
+        size: tuple[int, int] | None = None,
+        context_mask: Tensor | None = None,
+        use: ExpertUse = FULL_USE,
+        generator: torch.Generator | None = None,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> Tensor | tuple[Tensor, Info]:
+        """Return the velocity data - noise `b n c` of noised tokens, computed in the dtype of hidden_states.
+
+        Args:
+            hidden_states: tokens `b n c`, a latent cell each, row by row.
+            encoder_hidden_states: text `b m k`. The original's padding counts as text: leave context_mask out.
+            pooled_projections: `b k`; None only in a model with `pooled_from_text`.
+            timestep: `b` in [0, 1], 0 = noise, 1 = data, float32 whatever the dtype of hidden_states.
+            img_ids: positions (0, row, column) `n 3`, or `b n 3` of which the first sample counts; None = grid.
+            txt_ids: positions of the text, likewise; None = all zero. Only single blocks turn text.
+            guidance: `b`, for models of old that embed it.
+            lune_features: the teacher's `b k` in the place of Lune's prediction; training only.
+            sol_stats: the teacher's `b 3` in the place of Sol's prediction; training only.
+            sol_spatial: the teacher's `b s s`, likewise.
+            return_expert_pred: return the velocity and what the predictors said.
+            size: (rows, columns) of the image; None = a square, as in the original.
+            context_mask: `b m` boolean, True = real token; None attends to every row.
+            use: which predictors act, and which samples have a teacher's values.
+            generator: source of Lune's dropout in training.
+            runtime: replacements of the attention product and of blocks.
+
+        Raises: ShapeError if an input has the wrong shape or the model has no part for it.
+        """
+        grid = check_size(size, hidden_states.shape[1])
+        check_inputs(
+            self.config,
+            hidden_states,
+            encoder_hidden_states,
+            pooled_projections,
+            timestep,
+            context_mask=context_mask,
+            guidance=guidance,
+        )
+        taught = {"lune_features": lune_features, "sol_stats": sol_stats, "sol_spatial": sol_spatial}
+        check_experts(self.config, hidden_states.shape[0], use, **taught)
+
+        text = encoder_hidden_states.to(hidden_states.dtype)  # b m k
+        times = timestep.float().reshape(-1)
+        time = self.time_in(times, text.dtype)  # b d
+        pooled = _mean(text, context_mask) if pooled_projections is None else pooled_projections.to(text.dtype)
+        z = torch.cat((time, pooled), dim=-1)
+        vector = self._vector(time, pooled, text, context_mask)
+        lune, sol = None, None
+        if self.lune_predictor is not None and use.lune:
+            lune = self.lune_predictor(z, lune_features, use.lune_present, generator)
+            vector = vector + lune.signal
+        if self.sol_prior is not None and use.sol:
+            sol = self.sol_prior(z, times, sol_stats, sol_spatial, use.sol_present)
+        if self.guidance_in is not None and guidance is not None:
+            vector = vector + self.guidance_in(guidance, text.dtype)
+
+        num_text = text.shape[1]
+        double_turn, single_turn = self._turns(grid, num_text, img_ids, txt_ids, text.device)
+        signals = Signals(
+            num_text=num_text,
+            condition=functional.silu(vector).to(text.dtype)[:, None],
+            double_turn=double_turn,
+            single_turn=single_turn,
+            bias=None if context_mask is None else _key_mask(context_mask, hidden_states.shape[1]),
+            importance=None if sol is None else importance_grid(sol, *grid),
+            inverse_temperature=None if sol is None else inverse_temperature(sol),
+        )
+        x = torch.cat((self.txt_in(text), self.img_in(hidden_states)), dim=1)  # b (m + n) d
+        x = _run_blocks("double", self.double_blocks, x, signals, runtime)
+        x = _run_blocks("single", self.single_blocks, x, signals, runtime)
+        velocity: Tensor = self.final_linear(self.final_norm(x[:, num_text:]))  # b n c
+        return (velocity, _info(lune, sol)) if return_expert_pred else velocity
+
+    def _vector(self, time: Tensor, pooled: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the time and the pooled texts as one vector `b d`, float32."""
+        clip = self.vector_in(pooled).float()
+        if self.t5_pool is None or self.text_balance is None:
+            return time.float() + clip
+        scores = text.float().mean(dim=-1)  # b m
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weighted = torch.einsum("bm,bmk->bk", scores.softmax(dim=-1), text.float())
+        t5 = self.t5_pool(weighted.to(text.dtype)).float()
+        balance = self.text_balance.to(device=time.device, dtype=torch.float32).sigmoid()
+        return time.float() + torch.lerp(t5, clip, balance)
+
+    def _turns(
+        self,
+        grid: tuple[int, int],
+        num_text: int,
+        img_ids: Tensor | None,
+        txt_ids: Tensor | None,
+        device: torch.device,
+    ) -> tuple[Rotation, Rotation]:
+        """Return the rotations of double and single blocks, `(m + n) (e/2)`: the former leave text alone."""
+        image = grid_positions(*grid, device=device)
+        if img_ids is not None:
+            image = check_positions("img_ids", img_ids, image.shape[0]).float()
+        double: Rotation = self.rope(functional.pad(image, (0, 0, num_text, 0)))
+        if txt_ids is None:
+            return double, double
+        text = check_positions("txt_ids", txt_ids, num_text).float()
+        return double, self.rope(torch.cat((text, image)))
+
+
+def _run_blocks(
+    kind: str, blocks: Iterable[nn.Module], x: Tensor, signals: Signals, runtime: Runtime
+) -> Tensor:
+    """Return x after the blocks, each called through the runtime under its kind and number."""
+    for index, block in enumerate(blocks):
+        call = partial(block, signals=signals, attention=runtime.attention)
+        x = runtime.run_block(kind, index, call, x)
+    return x
+
+
+def _mean(text: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of the real tokens, `b k` in the dtype of text `b m k`."""
+    if mask is None:
+        return text.float().mean(dim=1).to(text.dtype)
+    weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.einsum("bm,bmk->bk", weights, text.float()).to(text.dtype)
+
+
+def _key_mask(mask: Tensor, num_image: int) -> Tensor:
+    """Return which keys count, `b 1 1 (m + n)`: real text and all of the image."""
+    return functional.pad(mask, (0, num_image), value=True)[:, None, None]
+
+
+def _info(lune: LuneOutput | None, sol: SolOutput | None) -> Info:
+    """Return the predictors' outputs in the original's form."""
+    return {
+        "lune": lune
+        and {
+            "expert_signal": lune.signal,
+            "expert_pred": lune.predicted,
+            "expert_used": "real" if lune.has_teacher else "predicted",
+        },
+        "sol": sol
+        and {
+            "temperature": sol.temperature,
+            "spatial_importance": sol.importance,
+            "pred_stats": sol.predicted_stats,
+            "pred_spatial": sol.predicted_spatial,
+        },
+    }
