@@ -76,7 +76,9 @@ def plan_groups(parameters: Iterable[tuple[str, Tensor]], config: Optimizer) -> 
     ]
 
 
-def _settings(name: str, parameter: Tensor, group: Group | None, config: Optimizer) -> tuple[str, float, float]:
+def _settings(
+    name: str, parameter: Tensor, group: Group | None, config: Optimizer
+) -> tuple[str, float, float]:
     """Optimizer, learning rate and weight decay of one parameter."""
     values: dict[str, Any] = {
         key: own if (own := getattr(group, key, None)) is not None else getattr(config, key)
@@ -104,7 +106,12 @@ class OptimizerSet:
         self.optimizers: list[torch.optim.Optimizer] = []
         for kind in dict.fromkeys(plan.optimizer for plan in self.plans):
             groups = [
-                {"params": [named[n] for n in p.names], "lr": p.lr, "weight_decay": p.weight_decay, "base_lr": p.lr}
+                {
+                    "params": [named[n] for n in p.names],
+                    "lr": p.lr,
+                    "weight_decay": p.weight_decay,
+                    "base_lr": p.lr,
+                }
                 for p in self.plans
                 if p.optimizer == kind
             ]
@@ -135,7 +142,9 @@ class OptimizerSet:
             number, index, name = path.split(".", 2)
             states[int(number)].setdefault(int(index), {})[name] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
 
 
 def _build(kind: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
@@ -144,5 +153,7 @@ def _build(kind: str, groups: list[dict[str, Any]], betas: tuple[float, float]) 
     if kind == "sgd":
         return torch.optim.SGD(groups, momentum=betas[0])
     if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"optimizer.name: muon needs torch 2.9 or newer, got {torch.__version__}; use adamw")
+        raise ConfigError(
+            f"optimizer.name: muon needs torch 2.9 or newer, got {torch.__version__}; use adamw"
+        )
     return torch.optim.Muon(groups, momentum=0.95, nesterov=True)

@@ -58,7 +58,8 @@ def load_model(
 ) -> LoadedModel:
     """Return the model of a file, in evaluation mode; architecture and sizes are read from its tensors.
 
-    dtype: of the weights; None = as stored. With the file's own dtype and device "cpu" nothing is copied.
+    dtype: of the weights, but for those that the model keeps in float32; None = as stored, and then nothing
+    is copied on the device "cpu".
     Raises: CheckpointError that names the file, what is wrong, and the first five keys concerned.
     """
     contents = _read(Path(path))
@@ -105,16 +106,17 @@ def build_model(
         stored = json.loads(metadata.get("flowcore.config", "{}"))
         metadata = {**metadata, "flowcore.config": json.dumps({**stored, **layout.settings})}
     config = architecture.infer_config(state, metadata)
-    model = architecture.model(config, ops=ops, device="meta")
+    model = architecture.model(config, ops=ops, device="meta", dtype=dtype)
+    built = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
     expected = {
         name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in built.items()
         if name in state or name not in buffers  # a model derives a buffer that a file lacks
     }
     check_strict(expected, state, source=source, what=f"{architecture.name} model")
     for name, tensor in state.items():
-        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        target = tensor.dtype if dtype is None else built[name].dtype
         converted = tensor if target == tensor.dtype or reread is None else reread(prefix + name)
         state[name] = converted.to(device, target)
     model.load_state_dict(state, strict=True, assign=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import comfy.conds
 import comfy.model_base
+import comfy.ops
 import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
@@ -14,15 +15,29 @@ from torch import Tensor, nn
 
 from ...flowcore.conditioning import Conditioning
 from ...flowcore.errors import ShapeError
+from ...flowcore.layers.norm import rms_norm
+from ...flowcore.models.xut.blocks import RMSNorm
 from ...flowcore.models.xut.config import XUTConfig
 from ...flowcore.models.xut.model import XUDiT
 from ...flowcore.models.xut.velocity import velocity
 from ...flowcore.ops import Runtime
 from . import xut_conds
-from .operations import to_ops
+from .operations import to_ops, use_operations
 
 # Stock nodes that skip or replace blocks know two kinds.
 _STOCK_KINDS = {"enc": "double_block", "dec": "single_block"}
+
+
+class _RMSNorm(RMSNorm, comfy.ops.CastWeightBiasOp):
+    """XUT's norm with its weight brought to the input, and patched by a LoRA, at use."""
+
+    comfy_cast_weights = True
+    weight_function: list[Any] = []  # noqa: RUF012 - ComfyUI's contract: class attributes
+    bias_function: list[Any] = []  # noqa: RUF012
+
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        weight, _ = comfy.ops.cast_bias_weight(self, x, dtype=torch.float32)
+        return rms_norm(x, eps=1e-6) * (weight * scale)
 
 
 class XutNetwork(XUDiT):
@@ -39,6 +54,7 @@ class XutNetwork(XUDiT):
     ) -> None:
         """Build the network; ComfyUI reads the attribute `dtype`."""
         super().__init__(config, ops=to_ops(operations), device=device, dtype=dtype)
+        use_operations(self, operations, {RMSNorm: _RMSNorm})
         self.dtype = dtype
 
     def forward(  # type: ignore[override] # ComfyUI's call; flowcore's is `super().forward`

@@ -89,6 +89,8 @@ def write_lora(path: Path, rank: int = 2) -> None:
         tensors[f"diffusion_model.{target}.lora_A.weight"] = torch.randn(rank, columns, *kernel, generator=generator) * 0.3
         tensors[f"diffusion_model.{target}.lora_B.weight"] = torch.randn(rows, rank, *one, generator=generator) * 0.3
         tensors[f"diffusion_model.{target}.alpha"] = torch.tensor(float(rank))
+    norm = "backbone.enc_blocks.0.0.attn_pre_norm.norm"
+    tensors[f"diffusion_model.{norm}.diff"] = torch.randn(shapes[f"{norm}.weight"], generator=generator) * 0.1
     write_tensors(path, tensors, {"flowcore.arch": "xut"})
 
 

@@ -309,6 +309,16 @@ def test_fp8_and_half_precision_weights_run(server: Server, prompt: Prompt) -> N
         assert 0 < float(error) < limit, name
 
 
+def test_a_file_of_the_users_wins_over_a_bundled_one(server: Server, prompt: Prompt) -> None:
+    expected = latent_of(server, prompt)
+    folder = server.base / "models" / "diffusion_models"
+    own = folder / "flowcore-xut-demo.safetensors"
+    own.write_bytes((folder / MODEL).read_bytes())
+    prompt["1"]["inputs"]["model_name"] = own.name
+    assert torch.equal(latent_of(server, prompt), expected)
+    own.unlink()
+
+
 def test_a_replaced_file_is_loaded_anew_and_a_loaded_one_is_not_touched(server: Server, prompt: Prompt) -> None:
     from tests.comfy.standins import write_model
 
