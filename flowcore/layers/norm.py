@@ -1,9 +1,27 @@
-"""Normalisation without parameters of its own; statistics in float32."""
+"""Normalisation; statistics and weights in float32."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last axis, in float32 whatever the dtype of x."""
     return functional.rms_norm(x.float(), (x.shape[-1],), eps=eps)
+
+
+def at_use(parameter: Tensor, like: Tensor) -> Tensor:
+    """Return the parameter in float32 beside the input: a host may hold it on another device."""
+    return parameter.to(device=like.device, dtype=torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square, then a weight per channel."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, device=device))
+
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """Return the normalised x times scale, float32."""
+        return rms_norm(x, eps=1e-6) * (at_use(self.weight, x) * scale)

@@ -89,10 +89,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_channels=lambda config: config.in_channels,
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
-        prefixes=("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "_orig_mod.", ""),
+        prefixes=(
+            "model.diffusion_model.",
+            "diffusion_model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "module.",
+            "_orig_mod.",
+            "transformer.",
+            "model.",
+            "",
+        ),
         layouts=(
-            Layout(name="tinyflux-v3", is_match=is_version_3, convert=version_3_to_current),
-            Layout(name="tinyflux-idle", is_match=has_idle, convert=without_idle),
+            Layout(name="v3", is_match=is_version_3, convert=version_3_to_current),
+            Layout(name="older", is_match=has_idle, convert=without_idle),
         ),
     ),
 )

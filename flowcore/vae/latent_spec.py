@@ -69,7 +69,8 @@ def scaled_spec(
     )
 
 
-# Source: the published autoencoder configs; eq-sdxl is KBlueLeaf's EQ-SDXL-VAE (latents_mean, latents_std).
+# Source: the published autoencoder configs; eq-sdxl is KBlueLeaf's EQ-SDXL-VAE (latents_mean, latents_std);
+# flux1-unshifted is FLUX.1's VAE as SingleStreamDiT was trained on it, without the shift.
 LATENT_SPECS: dict[str, LatentSpec] = {
     spec.name: spec
     for spec in (
@@ -84,7 +85,7 @@ LATENT_SPECS: dict[str, LatentSpec] = {
         ),
         scaled_spec("sd3", channels=16, scale=1.5305, shift=0.0609),
         scaled_spec("flux1", channels=16, scale=0.3611, shift=0.1159),
-        scaled_spec("flux1-unshifted", channels=16, scale=0.3611),  # TinyFlux leaves the shift out
+        scaled_spec("flux1-unshifted", channels=16, scale=0.3611),
     )
 }
 

@@ -143,9 +143,9 @@ def interpolate_buckets(features: Tensor, buckets: Tensor, rows: Tensor, times: 
 def attention_statistics(maps: Sequence[Tensor], side: int) -> tuple[Tensor, Tensor]:
     """Statistics `b 3` and map of importance `b side side` of a teacher's self-attention, float32.
 
-    The statistics are locality, entropy and clustering (1 - entropy), each in [0, 1], averaged over layers; the
-    map is what every place receives of all the others and sums to 1. Values that are not finite become the
-    neutral 0.5 and 1 / side^2. Maps that are not of a square are skipped.
+    The statistics are locality, entropy and clustering (1 - entropy), each in [0, 1], averaged over layers;
+    the map is what every place receives of all the others and sums to 1. Values that are not finite become
+    the neutral 0.5 and 1 / side^2. Maps that are not of a square are skipped.
     Shapes: a map `b nh n n` of probabilities for each layer.
 
     Raises:

@@ -1,7 +1,9 @@
 """The parts of TinyFlux: embedders, norms, the attention that Sol steers, and the two kinds of block.
 
-Text and image are one row of tokens, text first, through the whole network; double blocks split it.
-Parameters carry the names of the published checkpoints. Source: AbstractEyes/tiny-flux, version 4.2.
+Text and image are one row of tokens, text first, through the whole network; double blocks split it. The row,
+the norms and the rotations are float32 whatever the matrices compute in. Parameters carry the names of the
+published checkpoints.
+Source: AbstractEyes/tiny-flux, version 4.2.
 """
 
 import math
@@ -13,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...layers.modulation import gated_sum
-from ...layers.norm import rms_norm
+from ...layers.attention import widen
+from ...layers.norm import RMSNorm
 from ...layers.rope import Rotation, rotate_pairs, rotation
 from ...ops import AttentionFn, Ops
 from .config import TinyFluxConfig
@@ -25,7 +27,7 @@ _MAX_LOG_FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What steers the blocks, the same for all of them.
+    """What steers the blocks, the same for all of them. Matrices compute in the dtype of condition.
 
     Shapes: condition `b 1 d`; bias broadcastable to `b nh l l`, l = m + n; importance `b 1 h w` float32 and
     inverse_temperature `b 1 1 1` float32, both None without Sol. double_turn leaves text as it is.
@@ -40,26 +42,6 @@ class Signals:
     inverse_temperature: Tensor | None = None
 
 
-class RMSNorm(nn.Module):
-    """Division by the root mean square, then a weight per channel."""
-
-    def __init__(self, dim: int, **where: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, **where))
-
-    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return norm(x) * weight, with modulation norm(x) * weight * (1 + scale) + shift, in the dtype of x.
-
-        modulation: shift and scale `b 1 d`, float32, in which all is computed.
-        """
-        weight = self.weight.to(device=x.device, dtype=torch.float32)  # a host may hold it elsewhere
-        normed = rms_norm(x, eps=1e-6)
-        if modulation is None:
-            return (normed * weight).to(x.dtype)
-        shift, scale = modulation
-        return torch.addcmul(shift, normed, weight * (1 + scale)).to(x.dtype)
-
-
 class AdaNorm(nn.Module):
     """The norm before attention, and the vectors that the condition gives to the block."""
 
@@ -67,12 +49,12 @@ class AdaNorm(nn.Module):
         super().__init__()
         self.num_vectors = num_vectors
         self.linear = ops.linear(dim, num_vectors * dim, **where)
-        self.norm = RMSNorm(dim, **where)
+        self.norm = RMSNorm(dim, where.get("device"))
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the modulated norm of x `b l d`, and the vectors `b 1 d` that are left, float32."""
         shift, scale, *rest = self.linear(condition).float().chunk(self.num_vectors, dim=-1)
-        return self.norm(x, (shift, scale)), tuple(rest)
+        return self.norm(x, 1 + scale) + shift, tuple(rest)
 
 
 class TimestepEmbedding(nn.Module):
@@ -166,14 +148,16 @@ class SteeredAttention(nn.Module):
 
         cools_text: whether the temperature acts on text queries, too.
         """
-        queries_keys, values = qkv.split((2 * qkv.shape[-1] // 3, qkv.shape[-1] // 3), dim=-1)
+        dtype = qkv.dtype
+        queries_keys, values = widen(qkv).split((2 * qkv.shape[-1] // 3, qkv.shape[-1] // 3), dim=-1)
         # Queries and keys are turned and scaled as one tensor of twice as many heads.
         turned = rotate_pairs(rearrange(queries_keys, "b l (nh e) -> b nh l e", nh=2 * self.heads), turn)
         factors = self._factors(signals, cools_text)
         if factors is not None:
-            turned = (turned * factors).to(qkv.dtype)
+            turned = (turned * factors).to(turned.dtype)
         q, k = turned.chunk(2, dim=1)
-        return attention(q, k, rearrange(values, "b l (nh e) -> b nh l e", nh=self.heads), signals.bias)
+        v = rearrange(values, "b l (nh e) -> b nh l e", nh=self.heads)
+        return attention(q, k, v, signals.bias).to(dtype)
 
     def _factors(self, signals: Signals, cools_text: bool) -> Tensor | None:
         """Return what queries and keys are multiplied by, `b (two nh) l 1` float32; None = nothing."""
@@ -232,17 +216,18 @@ class DoubleBlock(nn.Module):
         self.img_norm1 = AdaNorm(dim, 6, ops=ops, **where)
         self.txt_norm1 = AdaNorm(dim, 6, ops=ops, **where)
         self.attn = JointAttention(config, ops=ops, **where)
-        self.img_norm2 = RMSNorm(dim, **where)
-        self.txt_norm2 = RMSNorm(dim, **where)
+        self.img_norm2 = RMSNorm(dim, where.get("device"))
+        self.txt_norm2 = RMSNorm(dim, where.get("device"))
         self.img_mlp = MLP(config, ops=ops, **where)
         self.txt_mlp = MLP(config, ops=ops, **where)
 
     def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
-        """Return the row `b (m + n) d` after the block."""
+        """Return the row `b (m + n) d` after the block, float32."""
         txt, img = x[:, : signals.num_text], x[:, signals.num_text :]
         txt_normed, txt_vectors = self.txt_norm1(txt, signals.condition)
         img_normed, img_vectors = self.img_norm1(img, signals.condition)
-        txt_mixed, img_mixed = self.attn(txt_normed, img_normed, signals, attention)
+        dtype = signals.condition.dtype
+        txt_mixed, img_mixed = self.attn(txt_normed.to(dtype), img_normed.to(dtype), signals, attention)
         txt = _after_attention(txt, txt_mixed, txt_vectors, self.txt_norm2, self.txt_mlp)
         img = _after_attention(img, img_mixed, img_vectors, self.img_norm2, self.img_mlp)
         return torch.cat((txt, img), dim=1)
@@ -253,8 +238,9 @@ def _after_attention(
 ) -> Tensor:
     """Return one stream `b l d` of a double block after its gated attention and feed-forward."""
     attn_gate, shift, scale, mlp_gate = vectors
-    x = gated_sum(x, attn_gate, mixed)
-    return gated_sum(x, mlp_gate, mlp(norm(x, (shift, scale))))
+    x = torch.addcmul(x, attn_gate, mixed)
+    normed = norm(x, 1 + scale) + shift
+    return torch.addcmul(x, mlp_gate, mlp(normed.to(mixed.dtype)))
 
 
 class SingleBlock(nn.Module):
@@ -265,11 +251,12 @@ class SingleBlock(nn.Module):
         self.norm = AdaNorm(config.hidden_size, 3, ops=ops, **where)
         self.attn = Attention(config, ops=ops, **where)
         self.mlp = MLP(config, ops=ops, **where)
-        self.norm2 = RMSNorm(config.hidden_size, **where)
+        self.norm2 = RMSNorm(config.hidden_size, where.get("device"))
 
     def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
-        """Return the row `b (m + n) d` after the block."""
+        """Return the row `b (m + n) d` after the block, float32."""
+        dtype = signals.condition.dtype
         normed, (gate,) = self.norm(x, signals.condition)
-        x = gated_sum(x, gate, self.attn(normed, signals, attention))
-        result: Tensor = x + self.mlp(self.norm2(x))
+        x = torch.addcmul(x, gate, self.attn(normed.to(dtype), signals, attention))
+        result: Tensor = x + self.mlp(self.norm2(x).to(dtype))
         return result

@@ -13,6 +13,8 @@ from torch import Tensor
 from ...errors import CheckpointError, ConfigError
 from ...layers.reading import TensorReader, check_names, stored_config
 
+_DEFAULT_AXES = (16, 56, 56)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyFluxConfig:
@@ -35,7 +37,7 @@ class TinyFluxConfig:
     num_double_layers: int = 15
     num_single_layers: int = 25
     mlp_ratio: float = 4.0
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    axes_dims_rope: tuple[int, ...] = _DEFAULT_AXES
     use_lune_expert: bool = True
     lune_expert_dim: int = 1280
     lune_hidden_dim: int = 512
@@ -93,8 +95,8 @@ class TinyFluxConfig:
         Raises: ConfigError for an unknown key or a value out of range.
         """
         check_names(cls, values)
-        axes = values.get("axes_dims_rope", cls.axes_dims_rope)
-        return cls(**{**values, "axes_dims_rope": tuple(axes)})
+        axes = tuple(values.get("axes_dims_rope", _DEFAULT_AXES))
+        return cls(**{**values, "axes_dims_rope": axes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-like values, the inverse of `from_dict`."""
@@ -209,7 +211,7 @@ def is_match(keys: Collection[str]) -> bool:
 
 
 def is_version_1(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors with bare names are TinyFlux 1's: 256 wide, embedded guidance, no frequencies."""
+    """Return whether tensors with bare names are TinyFlux 1's: 256 wide, guidance, no frequencies."""
     width = tensors["img_in.weight"].shape[0] if "img_in.weight" in tensors else 0
     return width == 256 and "guidance_in.mlp.0.weight" in tensors and "rope.freqs_0" not in tensors
 
@@ -217,11 +219,11 @@ def is_version_1(tensors: Mapping[str, Tensor]) -> bool:
 def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TinyFluxConfig:
     """Return the configuration that tensors with bare TinyFlux names have.
 
-    Shapes decide whatever they can. `flowcore.config` of the metadata, which may also hold the config.json of
-    any version, is asked for the rest: dropout, starting values, what is frozen, `pooled_from_text`, and the
-    position axes of files without frequencies.
-    Raises: CheckpointError if a tensor that is needed is missing or has a shape no TinyFlux model has, and for
-        version 1, whose arithmetic is another one.
+    Shapes decide whatever they can. `flowcore.config` of the metadata, which may also hold the config.json
+    of any version, is asked for the rest: dropout, starting values, what is frozen, `pooled_from_text`, and
+    the position axes of files without frequencies.
+    Raises: CheckpointError if a tensor that is needed is missing or has a shape no TinyFlux model has, and
+        for version 1, whose arithmetic is another one.
     """
     if is_version_1(tensors):
         raise CheckpointError(
@@ -270,10 +272,10 @@ def _has(keys: Collection[str], prefix: str) -> bool:
 
 
 def _axes(reader: TensorReader, stored: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the channels that turn with each axis: from the frequencies, else as stated, else the default."""
+    """Return the channels that turn with each axis: by the frequencies, else as stated, else the default."""
     if "rope.freqs_0" in reader.tensors:
         return tuple(2 * reader.shape(f"rope.freqs_{axis}", axes=1)[0] for axis in range(3))
-    return tuple(stored.get("axes_dims_rope", TinyFluxConfig.axes_dims_rope))
+    return tuple(stored.get("axes_dims_rope", _DEFAULT_AXES))
 
 
 def _check_heads(reader: TensorReader, heads: int) -> None:
@@ -281,8 +283,8 @@ def _check_heads(reader: TensorReader, heads: int) -> None:
     rows = reader.size("double_blocks.0.attn.spatial_to_mod.weight", 0)
     if rows is not None and rows != heads:
         raise CheckpointError(
-            f"double_blocks.0.attn.spatial_to_mod.weight must have a row for each of {heads} heads, got {rows}; "
-            "without rope.freqs_* the metadata must state axes_dims_rope"
+            f"double_blocks.0.attn.spatial_to_mod.weight must have a row for each of {heads} heads, got "
+            f"{rows}; without rope.freqs_* the metadata must state axes_dims_rope"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ShapeError
+from ...layers.norm import at_use
 from ...ops import Ops
 from .config import TinyFluxConfig
 
@@ -44,7 +45,7 @@ class SolOutput:
 
 
 class LunePredictor(nn.Module):
-    """A vector for the condition, from the middle features of a Stable Diffusion teacher or a guess at them."""
+    """A vector for the condition, from the inner features of a diffusion teacher or a guess at them."""
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class LunePredictor(nn.Module):
         hidden = self.predictor[:3](self.input_proj(z))
         predicted: Tensor = self.predictor[4:](self._drop(hidden, generator))
         used = _choose(features, predicted, present)
-        gate = _at_use(self.expert_gate, z).sigmoid()
+        gate = at_use(self.expert_gate, z).sigmoid()
         signal = gate * self.output_proj(used).float()
         return LuneOutput(signal=signal, predicted=predicted, has_teacher=features is not None)
 
@@ -103,8 +104,10 @@ class LunePredictor(nn.Module):
 
 
 class SolPrior(nn.Module):
-    """A temperature for attention and a map of where images are important, from statistics of a teacher's
-    attention or a guess at them; both mixed with a formula of the time."""
+    """A temperature for attention and a map of where images are important.
+
+    Both come from statistics of a teacher's attention, or a guess at them, mixed with a formula of the time.
+    """
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
@@ -153,7 +156,7 @@ class SolPrior(nn.Module):
         predicted_spatial = rearrange(cells, "b (h w) -> b h w", h=self.side)
         used_stats = _choose(stats, predicted_stats, present)
         learned = functional.softplus(self.stat_to_temperature(used_stats).float())
-        share = _at_use(self.blend_gate, z).sigmoid()
+        share = at_use(self.blend_gate, z).sigmoid()
         return SolOutput(
             temperature=torch.lerp(learned, geometric_temperature(times, self.heads), share),
             importance=torch.lerp(
@@ -200,8 +203,3 @@ def _choose(teacher: Tensor | None, predicted: Tensor, present: Tensor | None) -
     if present is None:
         return teacher
     return torch.where(present.reshape(-1, *[1] * (predicted.ndim - 1)), teacher, predicted)
-
-
-def _at_use(parameter: Tensor, like: Tensor) -> Tensor:
-    """Return the parameter in float32 beside the input: a host may hold it on another device."""
-    return parameter.to(device=like.device, dtype=torch.float32)

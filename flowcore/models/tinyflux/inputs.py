@@ -101,7 +101,7 @@ def check_size(size: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]
         side = math.isqrt(num_tokens)
         if side * side != num_tokens:
             raise ShapeError(
-                f"size must be given, (rows, columns), for an image that is no square, got {num_tokens} tokens"
+                f"size must be (rows, columns) where an image is no square, got None for {num_tokens} tokens"
             )
         return side, side
     if size[0] * size[1] != num_tokens:

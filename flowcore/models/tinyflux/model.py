@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...layers.norm import RMSNorm, at_use
 from ...layers.rope import Rotation
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
 from .blocks import (
     DoubleBlock,
-    RMSNorm,
     RotaryTables,
     Signals,
     SingleBlock,
@@ -38,7 +38,6 @@ from .experts import (
     inverse_temperature,
 )
 from .inputs import FULL_USE, ExpertUse, check_experts, check_inputs, check_positions, check_size
-
 
 Info: TypeAlias = dict[str, dict[str, Any] | None]
 """What the predictors said, by the original's names; None where one is absent or off."""
@@ -82,7 +81,7 @@ class TinyFlux(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleBlock(config, ops=ops, **where) for _ in range(config.num_single_layers)
         )
-        self.final_norm = RMSNorm(dim, **where)
+        self.final_norm = RMSNorm(dim, device)
         self.final_linear = ops.linear(dim, config.in_channels, **where)
         self._initialise()
 
@@ -107,12 +106,12 @@ class TinyFlux(nn.Module):
         timestep: Tensor,
         img_ids: Tensor | None = None,
         txt_ids: Tensor | None = None,
+        *,
         guidance: Tensor | None = None,
         lune_features: Tensor | None = None,
         sol_stats: Tensor | None = None,
         sol_spatial: Tensor | None = None,
         return_expert_pred: bool = False,
-        *,
         size: tuple[int, int] | None = None,
         context_mask: Tensor | None = None,
         use: ExpertUse = FULL_USE,
@@ -123,10 +122,10 @@ class TinyFlux(nn.Module):
 
         Args:
             hidden_states: tokens `b n c`, a latent cell each, row by row.
-            encoder_hidden_states: text `b m k`. The original's padding counts as text: leave context_mask out.
+            encoder_hidden_states: text `b m k`. Published models count padding as text: no context_mask.
             pooled_projections: `b k`; None only in a model with `pooled_from_text`.
             timestep: `b` in [0, 1], 0 = noise, 1 = data, float32 whatever the dtype of hidden_states.
-            img_ids: positions (0, row, column) `n 3`, or `b n 3` of which the first sample counts; None = grid.
+            img_ids: positions (0, row, column) `n 3`, or `b n 3` of which the first counts; None = a grid.
             txt_ids: positions of the text, likewise; None = all zero. Only single blocks turn text.
             guidance: `b`, for models of old that embed it.
             lune_features: the teacher's `b k` in the place of Lune's prediction; training only.
@@ -157,7 +156,9 @@ class TinyFlux(nn.Module):
         text = encoder_hidden_states.to(hidden_states.dtype)  # b m k
         times = timestep.float().reshape(-1)
         time = self.time_in(times, text.dtype)  # b d
-        pooled = _mean(text, context_mask) if pooled_projections is None else pooled_projections.to(text.dtype)
+        pooled = (
+            _mean(text, context_mask) if pooled_projections is None else pooled_projections.to(text.dtype)
+        )
         z = torch.cat((time, pooled), dim=-1)
         vector = self._vector(time, pooled, text, context_mask)
         lune, sol = None, None
@@ -180,10 +181,10 @@ class TinyFlux(nn.Module):
             importance=None if sol is None else importance_grid(sol, *grid),
             inverse_temperature=None if sol is None else inverse_temperature(sol),
         )
-        x = torch.cat((self.txt_in(text), self.img_in(hidden_states)), dim=1)  # b (m + n) d
+        x = torch.cat((self.txt_in(text), self.img_in(hidden_states)), dim=1).float()  # b (m + n) d
         x = _run_blocks("double", self.double_blocks, x, signals, runtime)
         x = _run_blocks("single", self.single_blocks, x, signals, runtime)
-        velocity: Tensor = self.final_linear(self.final_norm(x[:, num_text:]))  # b n c
+        velocity: Tensor = self.final_linear(self.final_norm(x[:, num_text:]).to(text.dtype))  # b n c
         return (velocity, _info(lune, sol)) if return_expert_pred else velocity
 
     def _vector(self, time: Tensor, pooled: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,7 +197,7 @@ class TinyFlux(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf)
         weighted = torch.einsum("bm,bmk->bk", scores.softmax(dim=-1), text.float())
         t5 = self.t5_pool(weighted.to(text.dtype)).float()
-        balance = self.text_balance.to(device=time.device, dtype=torch.float32).sigmoid()
+        balance = at_use(self.text_balance, time).sigmoid()
         return time.float() + torch.lerp(t5, clip, balance)
 
     def _turns(

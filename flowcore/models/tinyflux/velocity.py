@@ -1,4 +1,4 @@
-"""TinyFlux in the project's convention: latents, noise level and conditioning in, velocity noise - clean out."""
+"""TinyFlux in the project's convention: latents, noise level, conditioning in; velocity noise - clean out."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +57,9 @@ def velocity_and_experts(
     if unknown:
         raise ShapeError(f"conditions of TinyFlux must be among {EXTRAS}, got {sorted(unknown)}")
     if conditioning.context is None:
-        raise ShapeError("conditions of TinyFlux must have a context, got none; encode a prompt, empty or not")
+        raise ShapeError(
+            "conditions of TinyFlux must have a context, got none; encode a prompt, empty or not"
+        )
     if latents.ndim != 4:
         raise ShapeError(f"latents must be b c h w, got {tuple(latents.shape)}")
     conditioning = conditioning.expand(latents.shape[0]).to(latents.device)
