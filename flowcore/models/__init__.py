@@ -1,14 +1,26 @@
 """The architectures, a row each in `ARCHITECTURES`, and `detect`, which finds the row of a file."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from . import xut
+from . import flux, xut
+from .flux.layouts import from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
+from .flux.lora import diffusers_names, lora_names
 from .xut.jax_port import JAX_SETTINGS, is_jax, jax_to_reference
+
+LayerNames: TypeAlias = Mapping[str, tuple[str, tuple[slice, ...]]]
+"""Foreign name of a layer -> the layer's own name, and its rows in the foreign order; no rows = all."""
+NameLayers: TypeAlias = Callable[[Mapping[str, Sequence[int]]], LayerNames]
+"""Weight shapes by the layers' own names -> foreign names."""
+
+
+def no_names(shapes: Mapping[str, Sequence[int]]) -> LayerNames:  # noqa: ARG001 - as `NameLayers`
+    """Return no foreign names: files call the layers as the model does."""
+    return {}
 
 
 class ModelConfig(Protocol):
@@ -20,12 +32,16 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A foreign naming of an architecture's tensors; settings are configuration fields that it implies."""
+    """A foreign naming of an architecture's tensors; settings are configuration fields that it implies.
+
+    export: (tensors by the original names, configuration) -> tensors in this layout; None = only read.
+    """
 
     name: str
     is_match: Callable[[Collection[str]], bool]
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    export: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +62,8 @@ class Architecture:
         latent_spec: name of the latent space where a file states none.
         prefixes: what files put before the bare names.
         layouts: foreign namings that are converted on loading.
+        lora_names: every foreign name by which LoRA files call a layer.
+        diffusers_names: those of them that LoRA files in the layout of diffusers have.
     """
 
     name: str
@@ -60,6 +78,8 @@ class Architecture:
     latent_spec: str
     prefixes: tuple[str, ...]
     layouts: tuple[Layout, ...] = ()
+    lora_names: NameLayers = no_names
+    diffusers_names: NameLayers = no_names
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -76,6 +96,35 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_spec="eq-sdxl",
         prefixes=("model.diffusion_model.", "diffusion_model.", "unet.model.", "transformer.", "model.", ""),
         layouts=(Layout(name="jax", is_match=is_jax, convert=jax_to_reference, settings=JAX_SETTINGS),),
+    ),
+    Architecture(
+        name="flux",
+        model=flux.Flux,
+        presets=flux.PRESETS,
+        config_from_dict=flux.FluxConfig.from_dict,
+        infer_config=flux.infer_config,
+        is_match=flux.is_match,
+        velocity=flux.velocity,
+        latent_channels=lambda config: config.out_channels // flux.PATCH_SIZE**2,
+        size_extras=flux.default_extras,
+        latent_spec="flux1",
+        prefixes=(
+            "model.diffusion_model.",
+            "diffusion_model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "module.",
+            "_orig_mod.",
+            "transformer.",
+            "model.",
+            "",
+        ),
+        layouts=(
+            Layout(name="scaled_fp8", is_match=is_scaled, convert=from_scaled),
+            Layout(name="diffusers", is_match=is_diffusers, convert=from_diffusers, export=to_diffusers),
+        ),
+        lora_names=lora_names,
+        diffusers_names=diffusers_names,
     ),
 )
 
