@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -234,14 +235,11 @@ def comfyui_folder(version: str) -> Path:
         folder = Path(named).expanduser().absolute()
     else:
         report(f"looking for ComfyUI {version}")
-        found = subprocess.run(
-            [sys.executable, "-m", "tests.comfy", "--version", version],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "tests.comfy", "--version", version]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if found.returncode != 0:
-            raise SetupError(
-                f"ComfyUI {version} is neither cached nor could it be fetched; set COMFYUI_DIR to a copy"
-            )
+            reason = last_line(found.stderr).removeprefix("error:").strip()
+            raise SetupError(f"{reason}; set COMFYUI_DIR to a copy of ComfyUI {version}")
         folder = Path(last_line(found.stdout))
     if not (folder / "main.py").is_file() or not (folder / "requirements.txt").is_file():
         raise SetupError(
@@ -251,10 +249,14 @@ def comfyui_folder(version: str) -> Path:
 
 
 def run(python: Path, module: str, arguments: list[str], **environment: str) -> int:
-    """Exit code of `python -m module arguments` in the checkout; on Ctrl-C the process ends by itself."""
+    """Exit code of `python -m module arguments` in the checkout.
+
+    A Ctrl-C reaches the process from the terminal, a termination through this one: it ends by itself.
+    """
     command = [str(python), "-m", module, *arguments]
     sys.stdout.flush()
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while True:
             try:
                 code = process.wait()

@@ -360,3 +360,15 @@ def test_readme_holds_the_commands() -> None:
     assert block[1].strip() == "python dev.py test"
     assert "python dev.py demo" in text
     assert "python dev.py comfy" in text
+
+
+def test_readme_names_every_node() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    pattern = r'node_id="\w+",\s+display_name="([^"]+)"'
+    names = [
+        name
+        for file in python_files("nodes")
+        for name in re.findall(pattern, file.read_text(encoding="utf-8"))
+    ]
+    assert names
+    assert not [name for name in names if name not in text]

@@ -70,7 +70,7 @@ def similarities(embeddings: Tensor, groups: Tensor) -> Similarities:
         separation_ratio=same / cross if is_defined and same is not None and cross is not None else None,
         cohesion={
             int(group): _mean(cosine[pairs & equal & (groups == group)[:, None]])
-            for group in groups.unique().tolist()
+            for group in sorted(set(groups.tolist()))
             if group != UNGROUPED
         },
     )
@@ -89,7 +89,8 @@ def variance_shares(embeddings: Tensor) -> Tensor:
     """Return the share of variance of each principal component of embeddings `b d`, descending, float64."""
     centred = embeddings.double() - embeddings.double().mean(dim=0)
     variances = torch.linalg.svdvals(centred).square()
-    return variances / variances.sum()
+    shares: Tensor = variances / variances.sum()
+    return shares
 
 
 def components_for(shares: Tensor, share: float) -> int:
@@ -110,7 +111,7 @@ def _mean(values: Tensor) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerLaw:
-    """loss(step) = a * step^(-b) + c, the share of variance it explains, and how many points it was fitted to."""
+    """loss(step) = a * step^(-b) + c; the share of variance explained, the number of points fitted to."""
 
     a: float
     b: float
@@ -120,7 +121,7 @@ class PowerLaw:
 
     def loss(self, step: float) -> float:
         """Return the loss expected at a step."""
-        return self.a * step**-self.b + self.c
+        return float(self.a * step**-self.b + self.c)
 
     def steps_to(self, loss: float) -> float:
         """Return the step at which the loss is reached, infinite if it never is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowcore.errors import ConfigError
+from flowcore.assets import resolve
+from flowcore.errors import CheckpointError, ConfigError
 from flowcore.models import Architecture, find_architecture
 from flowcore.weights.checkpoint import load_model, save_model
 from training.config import RunConfig
 from training.data.buckets import Bucket, bucket_sizes, nearest_bucket
 from training.data.encoded import EncodedSamples
-from training.data.folder import Reject, Sample, scan
+from training.data.folder import scan
+from training.data.sample import Reject, Sample
 from training.encoders import caption_encoder, image_encoder
+from training.files import RunError, write_atomic
 from training.loop import DTYPES, Run
 from training.objectives.flow_matching import FlowMatchingObjective, Judge, Recipe
 from training.stop import StopFlag
@@ -35,13 +40,18 @@ class Prepared:
     rejects: list[Reject]
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Checks model settings, weights and data.
+def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
+    """Checks model settings, weights, encoders and data.
 
-    Raises: ConfigError, CheckpointError, DataError, each naming the key or file.
+    Raises: ConfigError, CheckpointError, DataError, each naming the key or file; StoppedError.
     """
     architecture, model_config = prepare_model(config)
-    samples, rejects = scan(config.datasets, config.data)
+    for key, name in (("vae", config.encoders.vae), ("text", config.encoders.text)):
+        if name not in (None, "pixels", "bytes"):
+            _resolve(f"encoders.{key}", str(name))
+    if config.model.weights is not None:
+        read_weights(config, architecture, model_config)
+    samples, rejects = scan(config.datasets, config.data, stop)
     settings = config.buckets
     sizes = bucket_sizes(settings.resolution, settings.multiple, settings.max_aspect)
     buckets = [nearest_bucket(sample.width, sample.height, sizes) for sample in samples]
@@ -73,28 +83,49 @@ def prepare_model(config: RunConfig) -> tuple[Architecture, Any]:
         table[last] = value
     try:
         return architecture, architecture.config_from_dict(fields)
-    except ConfigError as err:
-        raise ConfigError(f"model.overrides: {err}") from err
+    except (ConfigError, TypeError, AttributeError) as err:
+        raise ConfigError(f"model.overrides: {err}; got {model.overrides}") from err
 
 
 def build_model(prepared: Prepared) -> nn.Module:
     """The model in float32: seeded random weights, or those of `model.weights`, which must fit the preset."""
     config, architecture = prepared.config, prepared.architecture
-    if config.model.weights is None:
-        torch.manual_seed(config.seed)
-        return architecture.model(prepared.model_config)
-    loaded = load_model(config.model.weights, dtype=torch.float32)
+    torch.manual_seed(config.seed)
+    model = architecture.model(prepared.model_config)
+    if config.model.weights is not None:
+        model.load_state_dict(read_weights(config, architecture, prepared.model_config))
+    return model
+
+
+def read_weights(config: RunConfig, architecture: Architecture, model_config: Any) -> dict[str, Tensor]:  # noqa: ANN401 - each architecture has its own
+    """Tensors of `model.weights`, which must be of the configured architecture and sizes.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    name = str(config.model.weights)
+    loaded = load_model(_resolve("model.weights", name))
     if loaded.architecture is not architecture:
         raise ConfigError(
-            f"model.weights: {config.model.weights} must hold a {architecture.name} model, "
-            f"got {loaded.architecture.name}"
+            f"model.weights: {name} must hold a {architecture.name} model, got {loaded.architecture.name}"
         )
-    if loaded.config != prepared.model_config:
-        raise ConfigError(
-            f"model.weights: {config.model.weights} must have the sizes of preset {config.model.preset!r} "
-            "and model.overrides, got others; choose the preset it was made with"
-        )
-    return loaded.model.train()
+    state = loaded.model.state_dict()
+    expected = architecture.model(model_config, device="meta").state_dict()
+    for key in sorted(set(state) | set(expected)):
+        found, wanted = (tuple(t[key].shape) if key in t else "none" for t in (state, expected))
+        if found != wanted:
+            raise ConfigError(
+                f"model.weights: {name} must have the sizes of preset {config.model.preset!r} and "
+                f"model.overrides, got {key} of shape {found} for {wanted}; choose its preset"
+            )
+    return state
+
+
+def _resolve(key: str, name: str) -> Path:
+    """The file or folder that a name stands for. Raises: CheckpointError that names the key."""
+    try:
+        return resolve(name)
+    except CheckpointError as err:
+        raise CheckpointError(f"{key}: {err}") from err
 
 
 def build_objective(
@@ -112,9 +143,10 @@ def build_objective(
         prepared.buckets,
         images,
         captions,
-        folder=Path(config.cache.dir) if config.cache.dir else None,
+        folder=Path(config.cache.dir).expanduser() if config.cache.dir else None,
         dtype=config.cache.dtype,
         stop=stop,
+        is_lenient=config.data.on_error == "skip",
     )
     recipe = Recipe(
         seed=config.seed,
@@ -131,6 +163,22 @@ def build_objective(
     if config.train.compile:
         objective.module.compile()
     return objective
+
+
+def write_rejects(run: Run, folder: Path, prepared: Prepared) -> None:
+    """Lists what was left out of the data, with reasons, in rejects.csv."""
+    objective = run.objective
+    assert isinstance(objective, FlowMatchingObjective)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "reason"])
+    writer.writerows([str(r.path), r.reason] for r in [*prepared.rejects, *objective.data.rejects])
+    write_atomic(folder / "rejects.csv", text.getvalue())
+
+
+def result_names(config: RunConfig) -> tuple[str, ...]:
+    """Files in the run's folder that `write_final` makes."""
+    return ("final/model.safetensors", *(("final/ema.safetensors",) if config.ema.decay else ()))
 
 
 def write_final(run: Run, folder: Path, prepared: Prepared) -> None:
@@ -154,6 +202,7 @@ def save_weights(
     """Writes weights in `output.dtype` (or `dtype`) under their original names, with what their users need.
 
     That is: sizes, resolution, latent space, VAE and text encoder. `facts` are further metadata.
+    Raises: RunError if the file cannot be written.
     """
     architecture, model_config = prepare_model(config)
     channels = architecture.latent_channels(model_config)
@@ -172,4 +221,7 @@ def save_weights(
         **(facts or {}),
     }
     cast = {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}
-    save_model(path, cast, architecture=architecture, config=model_config, metadata=metadata)
+    try:
+        save_model(path, cast, architecture=architecture, config=model_config, metadata=metadata)
+    except CheckpointError as err:
+        raise RunError(str(err)) from err

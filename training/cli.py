@@ -3,43 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from flowcore.errors import FlowCoreError
-from training.files import RunError, write_failure
-from training.stop import Stopped
+from training.files import FULL_DISK, RunError
+from training.stop import StoppedError
 
 DONE, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 3
+MAX_LINE = 490
 
 
 def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Exit code of a command; a user's error becomes one `error:` line unless `--debug` asks for the traceback."""
+    """Exit code of a command; a user's error becomes one line, after its traceback with `--debug`."""
     try:
         return command(arguments)
-    except Stopped:
+    except (StoppedError, KeyboardInterrupt):
         return STOPPED
-    except FlowCoreError as err:
-        if arguments.debug:
+    except (FlowCoreError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as err:
+        message, code = _verdict(err)
+        if not message:
             raise
-        return fail(str(err), FAILED if isinstance(err, RunError) else UNUSABLE)
-    except OSError as err:
         if arguments.debug:
-            raise
-        return fail(str(write_failure(err, err.filename or "file")), FAILED)
-    except KeyboardInterrupt:
-        return STOPPED
+            traceback.print_exc()
+        return fail(message, code)
+
+
+def _verdict(err: Exception) -> tuple[str, int]:
+    """Message and exit code of an error that a user can repair; no message for any other."""
+    if isinstance(err, FlowCoreError):
+        return str(err), FAILED if isinstance(err, RunError) else UNUSABLE
+    if isinstance(err, OSError):
+        remedy = "; make space and start the same command again" if err.errno in FULL_DISK else ""
+        return f"{err.filename or 'file'}: {err.strerror or err}{remedy}", FAILED
+    if isinstance(err, ModuleNotFoundError):
+        package = (err.name or "").partition(".")[0]
+        if package in ("", "flowcore", "training"):
+            return "", FAILED
+        return f"package {package} must be installed, found none; install flowcore[train]", UNUSABLE
+    text = str(err)
+    if isinstance(err, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        remedy = "lower train.micro_batch_size or set train.gradient_checkpointing to true"
+        return f"memory must suffice for the run, got none left ({text[:120]}); {remedy}", FAILED
+    return "", FAILED
 
 
 def fail(message: str, code: int) -> int:
     """Prints `error: message` on stderr and returns the exit code."""
     line = " ".join(message.split())
-    sys.stderr.write(f"error: {line[:490]}\n")
+    sys.stderr.write(f"error: {line[:MAX_LINE]}\n")
     return code
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one `error:` line that names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and leaves with the exit code of unusable input."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            option = word.partition("=")[0]
+            near = difflib.get_close_matches(option, known, n=1)
+            if option.startswith("-") and option not in known and near:
+                message += f"; nearest valid option is {near[0]}"
+        sys.exit(fail(message, UNUSABLE))
+
+
+def parser(name: str, description: str) -> Parser:
     """Argument parser of `python -m training.<name>` with `--debug`."""
-    made = argparse.ArgumentParser(prog=f"python -m training.{name}", description=description)
+    made = Parser(prog=f"python -m training.{name}", description=description)
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made

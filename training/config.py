@@ -242,7 +242,7 @@ class RunConfig(LoopConfig):
 
 
 class PartConfig(LoopConfig):
-    """A run that makes one of the demo's own parts (autoencoder, text encoder) from the same kind of folders."""
+    """A run that makes one of the demo's own parts, autoencoder or text encoder, from the same folders."""
 
     datasets: tuple[Dataset, ...] = Field(min_length=1)
     options: dict[str, float] = Field(default_factory=dict)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from training.cli import DONE, STOPPED, parser, run_command
 from training.scenes import write_folder
+from training.scenes.scene import ObjectCount
 from training.stop import StopFlag
 
 CONFIGS = Path(__file__).parent / "configs"
 TRAIN_COUNT, HELD_OUT_COUNT = 16000, 256
+SHORT_MINUTES = 30
+"""Runs below this draw a quarter of the scenes: they see each a few times only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +42,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     stop = StopFlag()
     stop.listen()
     out: Path = arguments.out
-    write_scenes(out / "scenes")
+    is_short = arguments.minutes is not None and arguments.minutes < SHORT_MINUTES
+    write_scenes(out / "scenes", TRAIN_COUNT // 4 if is_short else TRAIN_COUNT)
     from training import demo_parts
 
     make = getattr(demo_parts, f"make_{arguments.part}")
@@ -47,21 +51,22 @@ def _demo(arguments: argparse.Namespace) -> int:
     return DONE if done else STOPPED
 
 
-def write_scenes(folder: Path) -> None:
-    """Draws the demo's training folders and its held-out pictures, unless they are there."""
-    for name, count, seed in (
-        ("one", TRAIN_COUNT, 1),
-        ("two", TRAIN_COUNT, 2),
-        ("held-out", HELD_OUT_COUNT, 3),
-    ):
+def write_scenes(folder: Path, train_count: int) -> None:
+    """Draws the demo's training folders and its held-out pictures, unless as many or more are there."""
+    kinds: tuple[tuple[str, ObjectCount, int, int], ...] = (
+        ("one", "one", train_count, 1),
+        ("two", "two", train_count, 2),
+        ("held-out", "mixed", HELD_OUT_COUNT, 3),
+    )
+    for name, objects, count, seed in kinds:
         target = folder / name
-        if target.exists() and len(list(target.glob("*.txt"))) == count:
+        if target.exists() and len(list(target.glob("*.txt"))) >= count:
             continue
         write_folder(
             target,
             count,
             seed,
-            objects="mixed" if name == "held-out" else name,
+            objects=objects,
             split="test" if name == "held-out" else "train",
             is_forced=True,
         )

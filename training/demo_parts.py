@@ -70,7 +70,7 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
             stop=stop,
         )
 
-    def finish(run: Run, folder: Path) -> None:
+    def finish(run: Run, _folder: Path) -> None:
         from flowcore.vae.autoencoder import save_autoencoder
         from flowcore.vae.latent_spec import LatentSpec
 
@@ -138,7 +138,7 @@ def make_text(request: Request, stop: StopFlag) -> bool:
             device=device,
         )
 
-    def finish(run: Run, folder: Path) -> None:
+    def finish(run: Run, _folder: Path) -> None:
         objective = run.objective
         assert isinstance(objective, LanguageObjective)
         model = objective.encoder.model.eval().to(torch.bfloat16)
@@ -220,7 +220,7 @@ def judge_images(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
 
     pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     verdicts = [(judge(p, c), len(parse_caption(c).objects)) for p, c in zip(pixels, captions, strict=True)]
-    values = {}
+    values: dict[str, float] = {}
     for count, name in ((1, "one"), (2, "two")):
         shares = accuracy([verdict for verdict, objects in verdicts if objects == count])
         values |= {f"{name}/{attribute}": share for attribute, share in shares.items() if share is not None}

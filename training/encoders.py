@@ -1,4 +1,4 @@
-"""The two encoders of a run: images to latents, captions to token states; bundled, from files, or built in."""
+"""The two encoders of a run, images to latents and captions to states: bundled, from files, or built in."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ from training.keys import generator
 class ImageEncoder(Protocol):
     """Pixels to model-space latents and back."""
 
-    identity: str
-    channels: int
-    facts: Mapping[str, str]
-    """Metadata of the latent space, for the files of models trained on it."""
+    @property
+    def identity(self) -> str:
+        """What a cache knows the encoder by."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """Metadata of the latent space, for the files of models trained on it."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents `b c h w` of images `b 3 y x` in [-1, 1]."""
@@ -87,7 +94,10 @@ class FileImageEncoder:
     """An autoencoder from a file, a folder or a bundled name."""
 
     def __init__(self, name: str, spec: str, device: torch.device) -> None:
-        """`spec` names the latent space of a file that states none. Raises: CheckpointError if it cannot be used."""
+        """`spec` names the latent space of a file that states none.
+
+        Raises: CheckpointError if the file cannot be used.
+        """
         from flowcore.vae.autoencoder import load_vae
 
         self.autoencoder = load_vae(name, spec=spec, device=device, dtype=torch.float32)

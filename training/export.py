@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from flowcore.errors import ConfigError
 from training.cli import DONE, parser, run_command
 from training.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ATTEMPTS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,28 +26,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
     made.add_argument("out", type=Path, metavar="OUT.safetensors", help="file to write")
     made.add_argument("--ema", action="store_true", help="the averaged weights instead of the live ones")
-    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: output.dtype of the run")
+    made.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: output.dtype of the run"
+    )
     return run_command(_export, made.parse_args(arguments))
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from training.assemble import save_weights
-    from training.state import newest_checkpoint
 
     if arguments.out.suffix != ".safetensors":
         raise ConfigError(f"OUT must end in .safetensors, got {arguments.out}")
     config = load_config(RunConfig, arguments.run / "config.yaml", [])
-    warnings: list[str] = []
-    checkpoint = newest_checkpoint(arguments.run / "checkpoints", warnings)
-    sys.stderr.writelines(line + "\n" for line in warnings)
-    if checkpoint is None:
-        raise ConfigError(f"{arguments.run}: run folder must hold a checkpoint, found none")
-    if arguments.ema and not checkpoint.has("ema"):
+    if arguments.ema and config.ema.decay is None:
         raise ConfigError(f"{arguments.run}: --ema needs a run with ema.decay, this one keeps no average")
-    state = checkpoint.tensors("weights") | (checkpoint.tensors("ema") if arguments.ema else {})
+    step, state = _read(arguments.run, arguments.ema)
     save_weights(state, arguments.out, config, dtype=arguments.dtype)
-    sys.stdout.write(f"{arguments.out}: step {checkpoint.step}\n")
+    sys.stdout.write(f"{arguments.out}: step {step}\n")
     return DONE
+
+
+def _read(run: Path, use_average: bool) -> tuple[int, dict[str, Tensor]]:
+    """Step and weights of the newest checkpoint; a running run may delete the one that is being read."""
+    from training.state import newest_checkpoint
+
+    for attempt in range(ATTEMPTS):
+        warnings: list[str] = []
+        checkpoint = newest_checkpoint(run / "checkpoints", warnings)
+        if checkpoint is None:
+            break
+        try:
+            state = checkpoint.tensors("weights") | (checkpoint.tensors("ema") if use_average else {})
+        except (FileNotFoundError, SafetensorError):
+            if attempt + 1 == ATTEMPTS:
+                raise
+            continue
+        sys.stderr.writelines(line + "\n" for line in warnings)
+        return checkpoint.step, state
+    raise ConfigError(f"{run}: the run folder must hold a checkpoint, found none")
 
 
 if __name__ == "__main__":

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
-from flowcore.errors import CheckpointError, ConfigError
+from flowcore.errors import CheckpointError, ConfigError, FlowCoreError
 from training.config import LoopConfig
-from training.files import remove_leftovers, write_atomic, write_failure
-from training.log import write_status
+from training.files import RunError, remove_leftovers, write_atomic, write_failure
+from training.locks import locked
+from training.log import read_status, write_status
 from training.loop import Objective, Run, train
 from training.state import Checkpoint, newest_checkpoint, read_checkpoint
 from training.stop import StopFlag
@@ -29,7 +30,9 @@ from training.stop import StopFlag
 Builder = Callable[[torch.device, StopFlag], Objective]
 Finisher = Callable[[Run, Path], None]
 
-_FREE = ("checkpoint", "sampling", "logging")
+PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "pillow")
+# What may differ from the start of a run when it is continued.
+_FREE = ("checkpoint.", "sampling.", "logging.", "output.dir", "output.name")
 
 
 def pick_device() -> torch.device:
@@ -39,115 +42,149 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def launch(config: LoopConfig, build: Builder, finish: Finisher, stop: StopFlag, resume: str = "latest") -> bool:
+def launch(
+    config: LoopConfig,
+    build: Builder,
+    finish: Finisher,
+    stop: StopFlag,
+    resume: str = "latest",
+    *,
+    begin: Finisher | None = None,
+    results: Sequence[str] = (),
+) -> bool:
     """Runs `config` in its folder from the checkpoint that `resume` names (latest, none, or a folder).
 
-    Returns False if a stop was asked for before the last step. `finish` writes the final weights.
-    Raises: ConfigError, CheckpointError before anything is written; RunError if the run fails.
+    Args:
+        config: what to run.
+        build: makes the objective; nothing is written before it returns.
+        finish: writes the final weights.
+        stop: asked between steps.
+        resume: which checkpoint.
+        begin: writes what is known at the start.
+        results: files in the run's folder that `finish` writes; a finished run that has them is left alone.
+
+    Returns False if a stop was asked for before the last step.
+    Raises: ConfigError, CheckpointError before anything is written; RunError if the run fails; StoppedError
+        before the first step.
     """
+    check_packages(config)
     folder = config.folder
-    with run_lock(folder):
+    with locked(folder, "run", stop):
         refuse_changes(folder, config)
         checkpoint = _find(folder, resume)
+        if checkpoint and checkpoint.step >= config.train.steps and _is_done(folder, results):
+            return True
         device = pick_device()
         run = Run(config, build(device, stop), device)
         if checkpoint:
             run.restore(checkpoint)
-        elif resume == "none" and (folder / "checkpoints").exists():
-            raise ConfigError(f"{folder}: holds checkpoints; choose another output.name or --resume latest")
-        if run.step >= config.train.steps and _is_done(folder):
-            return True
-        try:
+        with _failures_of(run, folder):
             _open_folder(folder, config, device)
-            done = train(run, folder, stop)
-            if done:
+            if begin:
+                begin(run, folder)
+            is_done = train(run, folder, stop)
+            if is_done:
                 finish(run, folder)
-        except BaseException as err:
-            with contextlib.suppress(OSError):
-                write_status(folder, "failed", run.step)
-            if isinstance(err, OSError):
-                raise write_failure(err, folder) from err
-            raise
-        return done
+            write_status(folder, "done" if is_done else "stopped", run.step)
+        return is_done
+
+
+def check_packages(config: LoopConfig) -> None:
+    """Raises: ConfigError if a package that the run's logging needs is not installed."""
+    needed = {"tensorboard": config.logging.tensorboard, "matplotlib": config.logging.plots}
+    keys = {"tensorboard": "logging.tensorboard", "matplotlib": "logging.plots"}
+    for package, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{keys[package]} must be false without the package {package}, got true; "
+                f"install flowcore[train] or set {keys[package]} to false"
+            )
 
 
 def refuse_changes(folder: Path, config: LoopConfig) -> None:
-    """Raises: ConfigError naming the key if a started run's configuration was changed where it must not be."""
+    """Compares with the configuration that a run was started with; a key that it lacks had its default.
+
+    Raises: ConfigError naming the key if a started run's configuration was changed where it must not be.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.name: {folder} must be a folder, got a file; choose another name")
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    now = _flat(config.model_dump(mode="json"))
+    before, now = _flat(_started_with(path, config)), _flat(config.model_dump(mode="json"))
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
-        if old == new or name.split(".")[0] in _FREE or name.startswith("output."):
+        if old == new or name.startswith(_FREE):
             continue
-        if name == "train.steps" and (new or 0) >= (old or 0):
+        if name == "train.steps" and isinstance(old, int) and isinstance(new, int) and new >= old:
             continue
         raise ConfigError(
-            f"{name} must stay {old!r} to continue the run in {folder}, got {new!r}; choose another output.name"
+            f"{name} must stay {old!r} to continue the run in {folder}, got {new!r}; "
+            "choose another output.name"
         )
 
 
-@contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this process; a second start waits up to 60 s for the first to end.
-
-    Raises: ConfigError if the folder stays in use.
-    """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    path = Path(tempfile.gettempdir()) / f"flowcore-run-{name}.lock"
-    with path.open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + 60
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                raise ConfigError(f"{folder}: another process trains in this folder; wait for it or stop it")
-            time.sleep(0.5)
-        yield
-
-
-def _try_lock(handle: int) -> bool:
-    """Takes an exclusive lock that ends with the process."""
+def _started_with(path: Path, config: LoopConfig) -> object:
+    """The table of a run's config.yaml, with today's defaults for keys that it lacks."""
     try:
-        if sys.platform == "win32":
-            import msvcrt
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(
+            f"{path} must be the run's configuration, got {' '.join(str(err).split())[:120]}; "
+            "restore it or choose another output.name"
+        ) from err
+    try:
+        return type(config).model_validate(table).model_dump(mode="json")
+    except ValidationError:
+        return table
 
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+@contextlib.contextmanager
+def _failures_of(run: Run, folder: Path) -> Iterator[None]:
+    """Notes in status.json that a run failed; what a user can repair becomes a RunError."""
+    try:
+        yield
+    except BaseException as err:
+        with contextlib.suppress(OSError):
+            write_status(folder, "failed", run.step)
+        if isinstance(err, OSError):
+            raise write_failure(err, folder) from err
+        if isinstance(err, FlowCoreError) and not isinstance(err, RunError):
+            raise RunError(str(err)) from err
+        raise
 
 
 def _find(folder: Path, resume: str) -> Checkpoint | None:
+    """The checkpoint to continue from. Raises: CheckpointError, ConfigError."""
+    checkpoints = folder / "checkpoints"
     if resume == "none":
+        if any(checkpoints.glob("step-*")):
+            raise ConfigError(
+                f"--resume none needs a run without checkpoints, got some in {folder}; "
+                "choose another output.name"
+            )
         return None
     if resume != "latest":
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"--resume must be latest, none or a checkpoint folder, got {resume!r}")
         return read_checkpoint(Path(resume))
     warnings: list[str] = []
     try:
-        return newest_checkpoint(folder / "checkpoints", warnings)
-    except CheckpointError:
-        raise
+        return newest_checkpoint(checkpoints, warnings)
     finally:
-        for line in warnings:
-            sys.stderr.write(line + "\n")
+        sys.stderr.writelines(line + "\n" for line in warnings)
 
 
-def _is_done(folder: Path) -> bool:
-    status = folder / "status.json"
-    return status.exists() and json.loads(status.read_text(encoding="utf-8"))["state"] == "done" and (
-        folder / "final"
-    ).exists()
+def _is_done(folder: Path, results: Sequence[str]) -> bool:
+    return read_status(folder).get("state") == "done" and all((folder / name).exists() for name in results)
 
 
 def _open_folder(folder: Path, config: LoopConfig, device: torch.device) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    write_atomic(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    _warn_of_threads(folder)
+    table = config.model_dump(mode="json")
+    write_atomic(folder / "config.yaml", yaml.safe_dump(table, sort_keys=False))
     facts: dict[str, Any] = {
         "processes": 1,
         "strategy": "none",
@@ -156,17 +193,37 @@ def _open_folder(folder: Path, config: LoopConfig, device: torch.device) -> None
         "pid": os.getpid(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers", "safetensors")},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "config_hash": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16],
     }
     write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
-def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+def _warn_of_threads(folder: Path) -> None:
+    """Another number of threads changes the last bit of sums, and so the exactness of a resume."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))["threads"]
+        if before != torch.get_num_threads():
+            sys.stderr.write(
+                f"warning: the run had {before} threads, now {torch.get_num_threads()}: "
+                "it continues, but not bit for bit\n"
+            )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _flat(table: object, prefix: str = "") -> dict[str, object]:
     """Leaves of nested tables and lists by dotted path."""
+    items: Iterable[tuple[object, object]]
     if isinstance(table, dict):
         items = table.items()
     elif isinstance(table, list):
-        items = ((str(i), v) for i, v in enumerate(table))  # type: ignore[assignment]
+        items = enumerate(table)
     else:
         return {prefix[:-1]: table}
     return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}

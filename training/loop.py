@@ -6,22 +6,23 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowcore.errors import CheckpointError
 from training.config import LoopConfig
 from training.ema import Ema
 from training.files import RunError
 from training.keys import key
-from training.log import MetricLog, plot_loss, write_status
+from training.log import ORDER_COLUMNS, CsvLog, MetricLog, plot_loss, read_metrics, write_status
 from training.optim import OptimizerSet, lr_multiplier
 from training.state import Checkpoint, save_checkpoint
-from training.stop import StopFlag
+from training.stop import StopFlag, StoppedError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +34,9 @@ class Objective(Protocol):
 
     def loss(self, step: int, part: slice) -> Tensor:
         """Mean loss over samples `part` of the global batch of `step` (from 0); float32, 0-d."""
+
+    def batch_keys(self, step: int) -> tuple[str, Sequence[str]]:
+        """Name of the bucket and keys of the samples of a step's global batch."""
 
     def preview(self, folder: Path, step: int, stop: StopFlag) -> dict[str, float]:
         """Writes samples made with the present weights; returns named measurements."""
@@ -51,13 +55,18 @@ class Run:
         self.step = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint."""
-        self.module.load_state_dict(checkpoint.tensors("weights"))
-        self.optimizers.load_state_tensors(checkpoint.tensors("optimizer"))
-        if self.ema:
-            self.ema.load(checkpoint.tensors("ema"), checkpoint.facts["ema_updates"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict({k: v.item() for k, v in checkpoint.tensors("scaler").items()})
+        """Continues from a checkpoint. Raises: CheckpointError if it is of another model or optimizer."""
+        try:
+            self.module.load_state_dict(checkpoint.tensors("weights"))
+            self.optimizers.load_state_tensors(checkpoint.tensors("optimizer"))
+            if self.ema:
+                self.ema.load(checkpoint.tensors("ema"), checkpoint.facts["ema_updates"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict({k: v.item() for k, v in checkpoint.tensors("scaler").items()})
+        except (RuntimeError, LookupError, ValueError, OSError) as err:
+            raise CheckpointError(
+                f"{checkpoint.path} must be of this configuration, got another's ({str(err)[:200]})"
+            ) from err
         self.step = checkpoint.step
 
     def save(self, folder: Path) -> None:
@@ -98,7 +107,9 @@ class Run:
         clip = self.config.train.grad_clip or math.inf
         grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), clip))
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
-            raise RunError(f"step {self.step + 1}: gradient must be finite, got norm {grad_norm}; lower optimizer.lr")
+            raise RunError(
+                f"step {self.step + 1}: gradient must be finite, got norm {grad_norm}; lower optimizer.lr"
+            )
         multiplier = self.multiplier(self.step)
         self.optimizers.step(multiplier, self.scaler)
         if self.ema:
@@ -132,7 +143,7 @@ class Run:
             part = slice(first, min(first + micro, batch))
             with self.autocast():
                 loss = self.objective.loss(self.step, part) * ((part.stop - part.start) / batch)
-            self.scaler.scale(loss).backward()
+            torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         return float(total)
 
@@ -149,38 +160,43 @@ def train(run: Run, folder: Path, stop: StopFlag) -> bool:
     Saves at the interval, at the end and at a stop, so that the same command continues exactly.
     """
     config = run.config
+    order = (
+        CsvLog(folder / "data_order.csv", ORDER_COLUMNS, run.step + 1) if config.logging.data_order else None
+    )
     with MetricLog(folder, run.step + 1, tensorboard=config.logging.tensorboard) as log:
         write_status(folder, "running", run.step)
-        bar = tqdm(total=config.train.steps, initial=run.step, desc=config.output.name, unit="step", file=sys.stderr)
-        with bar:
+        with tqdm(
+            total=config.train.steps, initial=run.step, desc=config.output.name, unit="step", file=sys.stderr
+        ) as bar:
             saved = run.step
-            while run.step < config.train.steps:
-                if stop:
-                    break
+            while run.step < config.train.steps and not stop:
                 row = run.advance()
                 bar.update()
+                if order:
+                    bucket, keys = run.objective.batch_keys(run.step - 1)
+                    order.append([str(run.step), bucket, ";".join(" ".join(key.split()) for key in keys)])
                 _report(run, row, log, bar)
                 if _due(run.step, config.checkpoint.every_steps, config.train.steps):
                     run.save(folder)
                     saved = run.step
                     write_status(folder, "running", run.step)
-                if config.sampling.every_steps and _due(run.step, config.sampling.every_steps, config.train.steps):
-                    _preview(run, folder, log, stop)
+                every = config.sampling.every_steps
+                if every and _due(run.step, every, config.train.steps):
+                    with contextlib.suppress(StoppedError):
+                        _preview(run, folder, log, stop)
             if saved != run.step:
                 run.save(folder)
-    done = run.step >= config.train.steps
-    write_status(folder, "done" if done else "stopped", run.step)
-    if config.logging.plots and (folder / "metrics.csv").exists() and run.step:
+    if config.logging.plots and read_metrics(folder / "metrics.csv"):
         plot_loss([folder], folder / "plots" / "loss.png")
-    return done
+    return run.step >= config.train.steps
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def _report(run: Run, row: dict[str, float], log: MetricLog, bar: tqdm[None]) -> None:
-    if run.step % run.config.logging.every_steps == 0 or run.step == run.config.train.steps:
+def _report(run: Run, row: dict[str, float], log: MetricLog, bar: tqdm[NoReturn]) -> None:
+    if _due(run.step, run.config.logging.every_steps, run.config.train.steps):
         log.write(row)
         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
 

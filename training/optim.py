@@ -23,9 +23,7 @@ def fan_in(shape: Sequence[int]) -> int:
     return math.prod(shape) if len(shape) < 2 else math.prod(shape[1:])
 
 
-def lr_multiplier(
-    name: str, step: int, *, steps: int, warmup_steps: int = 0, minimum: float = 0.0
-) -> float:
+def lr_multiplier(name: str, step: int, *, steps: int, warmup_steps: int = 0, minimum: float = 0.0) -> float:
     """Factor on every learning rate at `step` (from 0), after a linear warm-up, of a curve of `steps` steps.
 
     constant stays at 1; linear and cosine fall to `minimum` at `steps` and stay there.
@@ -74,7 +72,9 @@ def plan_groups(parameters: Iterable[tuple[str, Tensor]], config: Optimizer) -> 
     ]
 
 
-def _settings(name: str, parameter: Tensor, group: Group | None, config: Optimizer) -> tuple[str, float, float]:
+def _settings(
+    name: str, parameter: Tensor, group: Group | None, config: Optimizer
+) -> tuple[str, float, float]:
     """Optimizer, learning rate and weight decay of one parameter."""
     values: dict[str, Any] = {
         key: own if (own := getattr(group, key, None)) is not None else getattr(config, key)
@@ -102,7 +102,12 @@ class OptimizerSet:
         self.optimizers: list[torch.optim.Optimizer] = []
         for kind in dict.fromkeys(plan.optimizer for plan in self.plans):
             groups = [
-                {"params": [named[n] for n in p.names], "lr": p.lr, "weight_decay": p.weight_decay, "base_lr": p.lr}
+                {
+                    "params": [named[n] for n in p.names],
+                    "lr": p.lr,
+                    "weight_decay": p.weight_decay,
+                    "base_lr": p.lr,
+                }
                 for p in self.plans
                 if p.optimizer == kind
             ]
@@ -133,7 +138,9 @@ class OptimizerSet:
             number, index, name = path.split(".", 2)
             states[int(number)].setdefault(int(index), {})[name] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
 
 
 def _build(kind: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
@@ -142,5 +149,7 @@ def _build(kind: str, groups: list[dict[str, Any]], betas: tuple[float, float]) 
     if kind == "sgd":
         return torch.optim.SGD(groups, momentum=betas[0])
     if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"optimizer.name: muon needs torch 2.9 or newer, got {torch.__version__}; use adamw")
+        raise ConfigError(
+            f"optimizer.name: muon needs torch 2.9 or newer, got {torch.__version__}; use adamw"
+        )
     return torch.optim.Muon(groups, momentum=0.95, nesterov=True)

@@ -47,7 +47,9 @@ def memory(module: nn.Module, prepared: Prepared, bucket: Bucket) -> dict[str, i
     parts = {
         "weights": weights,
         "gradients": trained,
-        "optimizer": sum(OPTIMIZER_BYTES[g.optimizer] * sum(named[n].numel() for n in g.names) for g in groups),
+        "optimizer": sum(
+            OPTIMIZER_BYTES[g.optimizer] * sum(named[n].numel() for n in g.names) for g in groups
+        ),
         "ema": trained if config.ema.decay else 0,
         "activations": _activations(module, prepared, bucket),
     }

@@ -24,7 +24,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     for folder in arguments.runs:
         if not (folder / "metrics.csv").is_file():
-            raise ConfigError(f"{folder}: run folder must hold a metrics.csv, found none")
+            raise ConfigError(f"{folder}: the run folder must hold a metrics.csv, found none")
     target = arguments.out or arguments.runs[0] / "plots" / "loss.png"
     plot_loss(arguments.runs, target)
     sys.stdout.write(f"{target}\n")

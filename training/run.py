@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowcore.errors import ConfigError
 from training.cli import DONE, STOPPED, parser, run_command
-from training.config import RunConfig, load_config
-from training.files import write_atomic
 from training.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -29,10 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("run", "Train a model on image folders. The same command again continues the run.")
     made.add_argument("config", type=Path, help="YAML or TOML file")
     made.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key (YAML scalar or list)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override a key (YAML scalar or list)",
     )
     made.add_argument("--resume", default="latest", help="latest (default), none, or a checkpoint folder")
-    made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    made.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
     made.add_argument("--json", action="store_true", help="with --dry-run: print the plan as one JSON object")
     stop = StopFlag()
     stop.listen()
@@ -40,41 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    if arguments.json and not arguments.dry_run:
+        raise ConfigError("--json must come with --dry-run, got it alone; add --dry-run")
+    # Imported here, for these load pydantic and torch: a signal before that would end the process.
+    from training.config import RunConfig, load_config
+
     config = load_config(RunConfig, arguments.config, arguments.set)
     from training.assemble import prepare
 
-    prepared = prepare(config)
+    prepared = prepare(config, stop)
     if arguments.dry_run:
         from training.plan import describe, make_plan
 
         plan = make_plan(prepared)
         sys.stdout.write((json.dumps(plan) if arguments.json else describe(plan)) + "\n")
         return DONE
-    return DONE if start(prepared, stop, arguments.resume) else STOPPED
+    if start(prepared, stop, arguments.resume):
+        return DONE
+    sys.stderr.write(f"stopped; the same command continues the run in {config.folder}\n")
+    return STOPPED
 
 
 def start(prepared: Prepared, stop: StopFlag, resume: str) -> bool:
     """Trains to the last step; False if a stop came first."""
-    from training.assemble import build_objective, write_final
+    from training.assemble import build_objective, result_names, write_final, write_rejects
     from training.launch import launch
 
     def build(device: torch.device, stop: StopFlag) -> FlowMatchingObjective:
         return build_objective(prepared, device, stop)
 
+    def begin(run: Run, folder: Path) -> None:
+        write_rejects(run, folder, prepared)
+
     def finish(run: Run, folder: Path) -> None:
         write_final(run, folder, prepared)
-        write_rejects(prepared, folder)
 
-    return launch(prepared.config, build, finish, stop, resume)
-
-
-def write_rejects(prepared: Prepared, folder: Path) -> None:
-    """Lists what was left out, with reasons, in rejects.csv."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "reason"])
-    writer.writerows([str(reject.path), reject.reason] for reject in prepared.rejects)
-    write_atomic(folder / "rejects.csv", text.getvalue())
+    results = result_names(prepared.config)
+    return launch(prepared.config, build, finish, stop, resume, begin=begin, results=results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowcore.errors import CheckpointError
-from training.files import remove_leftovers, sha256, sync, write_failure
+from training.files import rename, save_tensors, sha256, sync, write_failure
 
 _MANIFEST = "manifest.json"
+FREE_SHARE = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class Checkpoint:
     facts: Mapping[str, int]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of one part, for example `weights`."""
-        return load_file(self.path / f"{name}.safetensors")
+        """Tensors of one part, for example `weights`; copies, so that the file may be deleted."""
+        return {name: t.clone() for name, t in load_file(self.path / f"{name}.safetensors").items()}
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a part."""
@@ -47,16 +49,17 @@ def save_checkpoint(
     aside = folder / f".tmp-{step}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _need_space(folder, parts)
         _write(aside, step, parts, facts)
         if target.exists():
             _remove(target)
-        aside.replace(target)
+        rename(aside, target)
         sync(folder)
+        for old in [path for path in _folders(folder) if path.name <= target.name][keep:]:
+            _remove(old)
     except OSError as err:
         shutil.rmtree(aside, ignore_errors=True)
         raise write_failure(err, target) from err
-    for old in _folders(folder)[keep:]:
-        _remove(old)
     return target
 
 
@@ -67,7 +70,6 @@ def newest_checkpoint(folder: Path, warnings: list[str]) -> Checkpoint | None:
     """
     if not folder.is_dir():
         return None
-    remove_leftovers(folder)
     folders = _folders(folder)
     for path in folders:
         try:
@@ -75,7 +77,10 @@ def newest_checkpoint(folder: Path, warnings: list[str]) -> Checkpoint | None:
         except CheckpointError as err:
             warnings.append(f"warning: {err}; trying an older one")
     if folders:
-        raise CheckpointError(f"{folder}: every checkpoint is damaged; remove the folder to start over")
+        names = ", ".join(path.name for path in folders[:5])
+        raise CheckpointError(
+            f"{folder}: every checkpoint ({names}) is damaged; remove the folder to start over"
+        )
     return None
 
 
@@ -92,9 +97,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, expected in manifest["files"].items():
             if sha256(path / name) != expected:
                 raise CheckpointError(f"{path}: {name} does not match its checksum")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as err:
-        raise CheckpointError(f"{path}: checkpoint is incomplete ({err})") from err
-    return Checkpoint(path, manifest["step"], manifest["facts"])
+        return Checkpoint(path, int(manifest["step"]), manifest["facts"])
+    except OSError as err:
+        missing = Path(err.filename).name if err.filename else "a file"
+        raise CheckpointError(f"{path}: {missing} cannot be read ({err.strerror})") from err
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path}: {_MANIFEST} is not a manifest ({err})") from err
+
+
+def _need_space(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises: OSError before a write that would fill the disk."""
+    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    if shutil.disk_usage(folder).free < size * FREE_SHARE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -109,8 +124,7 @@ def _write(
     files = {}
     for name, tensors in parts.items():
         path = aside / f"{name}.safetensors"
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
-        sync(path)
+        save_tensors(tensors, path)
         files[path.name] = sha256(path)
     body = json.dumps({"step": step, "facts": dict(facts), "files": files})
     with (aside / _MANIFEST).open("w", encoding="utf-8", newline="") as file:
@@ -123,5 +137,5 @@ def _write(
 def _remove(path: Path) -> None:
     """Deletes a checkpoint so that a kill in between leaves no half folder under its name."""
     aside = path.with_name(f".tmp-old-{path.name}")
-    path.replace(aside)
+    rename(path, aside)
     shutil.rmtree(aside)

@@ -7,7 +7,7 @@ import time
 from types import FrameType
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Work was left because a stop was asked for."""
 
 
@@ -28,9 +28,9 @@ class StopFlag:
         return self.requested or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def check(self) -> None:
-        """Raises: Stopped if a stop was asked for."""
+        """Raises: StoppedError if a stop was asked for."""
         if self:
-            raise Stopped
+            raise StoppedError
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         del number, frame

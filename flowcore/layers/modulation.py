@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -18,8 +17,3 @@ def modulation(raw: Tensor) -> Modulation:
     """Return the modulation of a head's output `b 1 (3 d)`: scale - 1, shift, gate - 1 in this order."""
     scale, shift, gate = raw.float().chunk(3, dim=-1)
     return Modulation(scale=scale + 1, shift=shift, gate=gate + 1)
-
-
-def gated_sum(base: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """Return base + gate * branch, computed in float32, in the dtype of base."""
-    return torch.addcmul(base.float(), gate, branch.float()).to(base.dtype)

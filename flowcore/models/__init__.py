@@ -163,7 +163,7 @@ def _describe(keys: Collection[str]) -> str:
         return "no tensor at all"
     if any(".lora_" in key or ".lokr_" in key or ".hada_" in key for key in keys):
         return f"{len(keys)} tensors of an adapter such as {min(keys)}; load it as a LoRA on top of a model"
-    parts = {"encoder.conv_in.weight": "a VAE", "model.embed_tokens.weight": "a text encoder"}
+    parts = {"encoder.conv_in.weight": "a VAE", "embed_tokens.weight": "a text encoder"}
     for name, what in parts.items():
         if any(key.endswith(name) for key in keys):
             return f"{len(keys)} tensors of {what}; give the file of the diffusion model"

@@ -67,6 +67,7 @@ def read_text_files(path_or_name: str | Path) -> TextFiles:
     single = path / "model.safetensors"
     tensors, metadata = read_tensors(single if path.is_dir() and single.is_file() else path)
     own = tensors.pop(TOKENIZER_TENSOR, None)
+    state = _bare_keys(tensors, path.name)
     if own is not None:
         text = own.cpu().numpy().tobytes().decode("utf-8")
     else:
@@ -75,7 +76,7 @@ def read_text_files(path_or_name: str | Path) -> TextFiles:
     return TextFiles(
         source=path.name,
         config=_text_config(config, path.name),
-        state=_bare_keys(tensors, path.name),
+        state=state,
         tokenizer_json=text,
     )
 

@@ -1,5 +1,6 @@
 """Write a safetensors file so that readers see the old file or the new one, never a part of it."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     except (OSError, SafetensorError) as err:
         raise CheckpointError(f"{target} must be writable, got {err}; choose another path") from err
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be no folder
+            partial.unlink(missing_ok=True)
 
 
 def _umask() -> int:

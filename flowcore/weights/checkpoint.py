@@ -4,7 +4,7 @@ import datetime
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def load_model(
 ) -> LoadedModel:
     """Return the model of a file, in evaluation mode; architecture and sizes are read from its tensors.
 
-    dtype: of the weights; None = as stored. With the file's own dtype and device "cpu" nothing is copied.
+    dtype: of the weights, but for those that the model keeps in float32; None = as stored, and then nothing
+    is copied on the device "cpu".
     Raises: CheckpointError that names the file, what is wrong, and the first five keys concerned.
     """
     contents = _read(Path(path))
@@ -105,16 +106,18 @@ def build_model(
         stored = json.loads(metadata.get("flowcore.config", "{}"))
         metadata = {**metadata, "flowcore.config": json.dumps({**stored, **layout.settings})}
     config = architecture.infer_config(state, metadata)
-    model = architecture.model(config, ops=ops, device="meta")
+    model = architecture.model(config, ops=ops, device="meta", dtype=dtype)
+    built = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
     expected = {
         name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in built.items()
         if name in state or name not in buffers  # a model derives a buffer that a file lacks
     }
     check_strict(expected, state, source=source, what=f"{architecture.name} model")
+    _check_floating(expected, state, source)
     for name, tensor in state.items():
-        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        target = tensor.dtype if dtype is None else built[name].dtype
         converted = tensor if target == tensor.dtype or reread is None else reread(prefix + name)
         state[name] = converted.to(device, target)
     model.load_state_dict(state, strict=True, assign=True)
@@ -126,6 +129,17 @@ def build_model(
     return LoadedModel(
         model=model, architecture=architecture, config=config, metadata=dict(metadata), report=report
     )
+
+
+def _check_floating(names: Collection[str], state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are whole numbers. Raises: CheckpointError."""
+    whole = [name for name in names if name in state and not state[name].is_floating_point()]
+    if whole:
+        more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
+        raise CheckpointError(
+            f"weights in {source} must be floating-point numbers, got {state[whole[0]].dtype} for {whole[0]}"
+            f"{more}; use the file before quantisation"
+        )
 
 
 def save_model(

@@ -5,6 +5,7 @@ from typing import Any
 
 import comfy.conds
 import comfy.model_base
+import comfy.ops
 import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
@@ -12,17 +13,30 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...flowcore.conditioning import Conditioning
 from ...flowcore.errors import ShapeError
+from ...flowcore.layers.norm import rms_norm
+from ...flowcore.models.xut.blocks import RMSNorm
 from ...flowcore.models.xut.config import XUTConfig
 from ...flowcore.models.xut.model import XUDiT
 from ...flowcore.models.xut.velocity import velocity
 from ...flowcore.ops import Runtime
 from . import xut_conds
-from .operations import to_ops
+from .operations import to_ops, use_operations
 
 # Stock nodes that skip or replace blocks know two kinds.
 _STOCK_KINDS = {"enc": "double_block", "dec": "single_block"}
+
+
+class _RMSNorm(RMSNorm, comfy.ops.CastWeightBiasOp):
+    """XUT's norm with its weight brought to the input, and patched by a LoRA, at use."""
+
+    comfy_cast_weights = True
+    weight_function: list[Any] = []  # noqa: RUF012 - ComfyUI's contract: class attributes
+    bias_function: list[Any] = []  # noqa: RUF012
+
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        weight, _ = comfy.ops.cast_bias_weight(self, x, dtype=torch.float32)
+        return rms_norm(x, eps=1e-6) * (weight * scale)
 
 
 class XutNetwork(XUDiT):
@@ -39,6 +53,7 @@ class XutNetwork(XUDiT):
     ) -> None:
         """Build the network; ComfyUI reads the attribute `dtype`."""
         super().__init__(config, ops=to_ops(operations), device=device, dtype=dtype)
+        use_operations(self, operations, {RMSNorm: _RMSNorm})
         self.dtype = dtype
 
     def forward(  # type: ignore[override] # ComfyUI's call; flowcore's is `super().forward`
@@ -73,7 +88,7 @@ class XutNetwork(XUDiT):
 
 
 def _attention(transformer_options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Return attention by the kernel that the user chose for ComfyUI, or that an extension put in its place."""
+    """Return attention by the kernel that the user chose for ComfyUI, or that an extension brings."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         options = {"skip_reshape": True, "transformer_options": transformer_options}
@@ -119,18 +134,21 @@ class FlowCoreModel(comfy.model_base.BaseModel):
         self.memory_usage_factor_conds = ("c_crossattn",)
         self.memory_usage_shape_process = {"c_crossattn": lambda shape: [shape[0], 1, shape[1] * patch**2]}
 
-    def process_timestep(self, timestep: Tensor, **_: Any) -> Tensor:  # noqa: ANN401
+    def process_timestep(self, timestep: Tensor, **_: Any) -> Tensor:
         """Return sigma in [0, 1]: stock ModelSampling nodes bring multipliers of their own."""
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
-    def extra_conds(self, **conditions: Any) -> dict[str, comfy.conds.CONDRegular]:  # noqa: ANN401
+    def extra_conds(self, **conditions: Any) -> dict[str, comfy.conds.CONDRegular]:
         """Return what the network is given for one part of the conditioning.
 
         Raises: ShapeError or ConfigError if the conditions are not for this model.
         """
         found = super().extra_conds(**conditions)
         config = self.model_config.unet_config["config"]
-        for name in ("c_crossattn", "crossattn_controlnet"):  # they repeat short prompts, which joint attention sees
+        for name in (
+            "c_crossattn",
+            "crossattn_controlnet",
+        ):  # they repeat short prompts, which joint attention sees
             found.pop(name, None)
         context = conditions.get("cross_attn")
         if context is not None and config.ctx_dim is not None and "flowcore_class" not in conditions:
@@ -138,14 +156,14 @@ class FlowCoreModel(comfy.model_base.BaseModel):
         found.update(xut_conds.pack(conditions, config))
         return found
 
-    def extra_conds_shapes(self, **conditions: Any) -> dict[str, list[int]]:  # noqa: ANN401
+    def extra_conds_shapes(self, **conditions: Any) -> dict[str, list[int]]:
         """Return the shape of the text, which counts towards the memory estimate."""
         context = conditions.get("cross_attn")
         return {} if context is None else {"c_crossattn": list(context.shape)}
 
 
 def _text_conds(context: Tensor, mask: Tensor | None, width: int) -> dict[str, comfy.conds.CONDRegular]:
-    """Return text states and, where something is masked, their mask as whole numbers, which ComfyUI never casts."""
+    """Return text states and, where something is masked, their mask as integers, never cast."""
     if context.shape[-1] != width:
         raise ShapeError(
             f"text states for this model must be {width} wide, got {context.shape[-1]}; "

@@ -1,14 +1,16 @@
 """What a handler yields, what the command may ask of it, and the verdict on two tensors.
 
-A handler is a function `cases(tensors, metadata, options) -> Iterator[Case]`, one for each architecture that the
-metadata of a file may name. It yields every `output.*` tensor of the file once, under its full name, with what
-the project computes; the command makes a failure of each tensor that it leaves out. Plain tuples
-(output, actual, expected) serve as well.
+A handler is a function `cases(tensors, metadata, options) -> Iterator[Outcome]`, one for each architecture
+that the metadata of a file may name. It yields every `output.*` tensor of the file once, under its full name,
+with what the project computes; the command makes a failure of each tensor that it leaves out. Plain tuples
+(output, actual, expected) serve as well. `document_cases(document, options)` does the same for JSON files,
+and `timed_forward(tensors, metadata, options)` gives a call to time, or None.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +34,21 @@ class Case(NamedTuple):
     limit: float | None = None
 
 
+class Checked(NamedTuple):
+    """One comparison of things that are no tensors; an empty reason means that it holds."""
+
+    compared: str
+    reason: str
+
+
 class Skipped(NamedTuple):
     """An output that the options rule out, and why."""
 
     output: str
     reason: str
+
+
+Outcome = Case | Checked | Skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,9 @@ class Row:
     relative: float | None = None
     tolerance: float | None = None
     reason: str = ""
+    seconds: float | None = None
+    backward_seconds: float | None = None
+    peak_mib: float | None = None
 
 
 class Verdict(NamedTuple):
@@ -70,6 +85,18 @@ class Verdict(NamedTuple):
     relative: float | None
     tolerance: float | None
     reason: str
+
+
+def part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, by the rest of their names."""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def stored_config(metadata: Metadata) -> dict[str, Any]:
+    """The configuration of a file, without the name of the object that it belongs to."""
+    config: dict[str, Any] = json.loads(metadata["config"])
+    config.pop("class", None)
+    return config
 
 
 def judge(case: Case) -> Verdict:
@@ -98,11 +125,8 @@ def _judge_float(actual: Tensor, expected: Tensor, limit: float) -> Verdict:
     error = torch.where(same, 0.0, (actual - expected).abs()).nan_to_num(nan=torch.inf)
     max_abs = error.max().item() if error.numel() else 0.0
     finite = expected[expected.isfinite()]
-    if finite.numel() >= 2:
-        scale = finite.std().item()
-    else:
-        scale = finite.abs().sum().item()
-    if scale < 1e-12 * max(1.0, finite.abs().max().item() if finite.numel() else 0.0):
+    scale = (finite.std() if finite.numel() >= 2 else finite.abs().sum()).item()
+    if not scale:
         scale, limit = 1.0, CONSTANT_LIMIT
     relative = max_abs / scale
     reason = "" if relative <= limit else f"relative error {relative:.2g} above {limit:.2g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from training.files import remove_leftovers, sha256, sync, write_failure
+from training.files import remove_leftovers, rename, save_tensors, sha256, write_atomic, write_failure
+from training.locks import locked
 from training.stop import StopFlag
 
 Item = TypeVar("Item")
@@ -23,47 +25,50 @@ Encoded = dict[str, Tensor]
 
 SHARD_BYTES = 64 << 20
 INDEX = "index.jsonl"
+LOCK_SECONDS = 600.0
 
 
 class TensorCache:
     """Tensors by content key. With a folder they outlive the process; without one they live in memory.
 
-    A shard is named after the keys it holds, so two processes that fill one cache cannot disturb each other, and a
-    killed one loses at most its unfinished shard.
+    A shard is named after the keys it holds, and the folder is locked while it is read or written, so two
+    processes can fill one cache; a killed one loses at most its unfinished shard.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, stop: StopFlag) -> None:
         """Reads what the folder holds; damaged shards are named on stderr and their samples encoded again."""
-        self.folder = folder
+        self.folder, self.stop = folder, stop
         self.entries: dict[str, Encoded] = {}
-        if folder:
-            remove_leftovers(folder)
-            self._read(folder)
+        if folder and folder.is_dir():
+            with locked(folder, "cache", stop, LOCK_SECONDS):
+                remove_leftovers(folder)
+                self._read(folder)
 
     def fill(
         self,
         items: Sequence[tuple[str, Item]],
-        encode: Callable[[list[Item]], list[Encoded]],
+        encode: Callable[[list[tuple[str, Item]]], Sequence[Encoded | None]],
         *,
         chunk: int,
         what: str,
-        stop: StopFlag,
     ) -> None:
-        """Encodes the items (key, content) whose chunk is not complete.
+        """Encodes the items (key, content) whose chunk is not complete; None stands for an item to leave out.
 
-        Items are always encoded in the same chunks of `chunk`, so a filled cache holds the bits that encoding
-        anew would give.
+        Items are always encoded in the same chunks of `chunk`. Where an item's bits depend on its chunk, its
+        key must, too: then a filled cache holds the bits that encoding anew would give.
         """
         chunks = [items[first : first + chunk] for first in range(0, len(items), chunk)]
-        open_chunks = [c for c in chunks if any(key not in self.entries for key, _ in c)]
+        open_chunks = [list(c) for c in chunks if any(key not in self.entries for key, _ in c)]
         pending: dict[str, Encoded] = {}
         size = 0
         with tqdm(total=sum(map(len, open_chunks)), desc=what, unit="sample", disable=not open_chunks) as bar:
             for part in open_chunks:
-                if stop:
+                if self.stop:
                     self._write(pending)
-                    stop.check()
-                for (key, _), tensors in zip(part, encode([item for _, item in part]), strict=True):
+                    self.stop.check()
+                for (key, _), tensors in zip(part, encode(part), strict=True):
+                    if tensors is None:
+                        continue
                     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                     self.entries[key] = pending[key] = kept
                     size += sum(t.nbytes for t in kept.values())
@@ -74,27 +79,47 @@ class TensorCache:
         self._write(pending)
 
     def _read(self, folder: Path) -> None:
+        """Reads all sound shards; forgets the others, after naming them."""
         index = folder / INDEX
-        if not index.exists():
-            return
-        for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+        text = index.read_text(encoding="utf-8", errors="replace") if index.exists() else ""
+        sound: dict[str, str] = {}
+        damaged: list[str] = []
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
-                self._read_shard(folder / Path(record["shard"]).name, record["sha256"])
+                name, expected = Path(record["shard"]).name, str(record["sha256"])
             except (json.JSONDecodeError, KeyError, TypeError):
-                sys.stderr.write(f"warning: {index}: a damaged line was ignored; its samples are encoded again\n")
+                damaged.append(f"{index}: a damaged line was ignored")
+                continue
+            if sound.get(name) == line:
+                continue
+            fault = self._read_shard(folder / name, expected)
+            if fault:
+                damaged.append(f"{folder / name}: damaged cache file ({fault})")
+            else:
+                sound[name] = line
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name not in sound:
+                if not any(str(path) in fault for fault in damaged):
+                    damaged.append(f"{index}: does not list {path.name}")
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        if damaged:
+            sys.stderr.writelines(f"warning: {fault}; its samples are encoded again\n" for fault in damaged)
+            write_atomic(index, "".join(line + "\n" for line in sound.values()))
 
-    def _read_shard(self, path: Path, expected: str) -> None:
+    def _read_shard(self, path: Path, expected: str) -> str | None:
+        """Takes the tensors of a shard; what is wrong with it, if something is."""
         try:
             if sha256(path) != expected:
-                raise SafetensorError("checksum differs")
+                return "checksum differs"
             tensors = load_file(path)
         except (OSError, SafetensorError) as err:
-            sys.stderr.write(f"warning: {path}: damaged cache file ({err}); its samples are encoded again\n")
-            return
+            return str(err)
         for name, tensor in tensors.items():
             key, _, part = name.partition(".")
             self.entries.setdefault(key, {})[part] = tensor
+        return None
 
     def _write(self, pending: dict[str, Encoded]) -> None:
         if not self.folder or not pending:
@@ -103,14 +128,14 @@ class TensorCache:
         path, aside = self.folder / name, self.folder / f".tmp-{os.getpid()}-{name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({f"{key}.{part}": t for key, entry in pending.items() for part, t in entry.items()}, aside)
-            sync(aside)
-            line = json.dumps({"shard": name, "sha256": sha256(aside), "samples": len(pending)}) + "\n"
-            aside.replace(path)
-            with (self.folder / INDEX).open("a", encoding="utf-8", newline="") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            with locked(self.folder, "cache", StopFlag(), LOCK_SECONDS):
+                save_tensors({f"{key}.{p}": t for key, e in pending.items() for p, t in e.items()}, aside)
+                line = json.dumps({"shard": name, "sha256": sha256(aside), "samples": len(pending)}) + "\n"
+                rename(aside, path)
+                with (self.folder / INDEX).open("a", encoding="utf-8", newline="") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as err:
             aside.unlink(missing_ok=True)
             raise write_failure(err, path) from err

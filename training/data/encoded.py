@@ -7,20 +7,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from flowcore.conditioning import Conditioning
 from training.data.buckets import Bucket
 from training.data.cache import Encoded, TensorCache, content_key
-from training.data.folder import Sample, load_image
+from training.data.images import load_image
+from training.data.sample import DataError, Reject, Sample, SampleError
 from training.encoders import CaptionEncoder, ImageEncoder
 from training.stop import StopFlag
 
-IMAGE_CHUNK, TEXT_CHUNK = 8, 64
+TEXT_CHUNK = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class EncodedSamples:
-    """Latents of every sample and token states of every caption, held in memory (or mapped from the cache)."""
+    """Latents of every sample and token states of every caption, in memory or mapped from the cache.
+
+    Attributes:
+        samples: those that could be encoded.
+        buckets: the picture size of each.
+        rejects: the files of the others, if they are left out.
+    """
 
     def __init__(
         self,
@@ -32,40 +40,33 @@ class EncodedSamples:
         folder: Path | None,
         dtype: str,
         stop: StopFlag,
+        is_lenient: bool = False,
     ) -> None:
         """Encodes what the cache does not hold yet.
 
         Args:
-            samples: with `buckets`, the picture size of each.
+            samples: what to encode.
+            buckets: the picture size of each sample.
             image_encoder: of the images.
             caption_encoder: of the captions, and of the empty caption that stands for none.
             folder: cache folder, or None to keep all in memory.
             dtype: in which tensors are stored.
-            stop: asked between chunks.
-        Raises: DataError for a file that does not decode; Stopped.
+            stop: asked between samples.
+            is_lenient: leave a file that cannot be used out instead of raising.
+
+        Raises: DataError for a file that does not decode, or encodes to values that are not finite;
+            StoppedError.
         """
-        self.samples, self.buckets = list(samples), list(buckets)
-        self._latents = TensorCache(folder and folder / f"latents-{image_encoder.identity}-{dtype}")
-        self._texts = TensorCache(folder and folder / f"text-{caption_encoder.identity}-{dtype}")
-        stored = DTYPES[dtype]
-        keys = [_image_key(sample, bucket) for sample, bucket in zip(samples, buckets, strict=True)]
-        self._image_keys = keys
-
-        def encode_images(items: list[tuple[Sample, Bucket]]) -> list[Encoded]:
-            images = [load_image(sample, bucket) for sample, bucket in items]
-            return [{"latents": image_encoder.encode(image[None])[0].to(stored)} for image in images]
-
-        def encode_captions(items: list[str]) -> list[Encoded]:
-            coded = caption_encoder.encode(items)
-            assert coded.context is not None
-            assert coded.context_mask is not None
-            lengths = coded.context_mask.sum(1).tolist()
-            return [{"context": c[:n].to(stored)} for c, n in zip(coded.context, lengths, strict=True)]
-
-        work = list(dict(zip(keys, zip(samples, buckets, strict=True), strict=True)).items())
-        self._latents.fill(work, encode_images, chunk=IMAGE_CHUNK, what="encode images", stop=stop)
-        captions = [(content_key(text), text) for text in dict.fromkeys(["", *(s.caption for s in samples)])]
-        self._texts.fill(captions, encode_captions, chunk=TEXT_CHUNK, what="encode captions", stop=stop)
+        self._dtype, self._stop, self._is_lenient = DTYPES[dtype], stop, is_lenient
+        self._latents = TensorCache(folder and folder / f"latents-{image_encoder.identity}-{dtype}", stop)
+        self._texts = TensorCache(folder and folder / f"text-{caption_encoder.identity}-{dtype}", stop)
+        self.samples: list[Sample] = []
+        self.buckets: list[Bucket] = []
+        self.rejects: list[Reject] = []
+        self._image_keys: list[str] = []
+        self._encode_images(list(zip(samples, buckets, strict=True)), image_encoder)
+        self._text_keys: dict[str, str] = {}
+        self._encode_captions(caption_encoder)
 
     def latents(self, numbers: Sequence[int]) -> Tensor:
         """Latents `b c h w`, float32, of samples of one bucket."""
@@ -73,11 +74,81 @@ class EncodedSamples:
 
     def conditioning(self, captions: Sequence[str]) -> Conditioning:
         """Token states of captions of this set (or the empty one), padded to the longest, with their mask."""
-        states = [self._texts.entries[content_key(caption)]["context"].float() for caption in captions]
+        states = [self._texts.entries[self._text_keys[caption]]["context"].float() for caption in captions]
         lengths = torch.tensor([len(s) for s in states])
         context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         return Conditioning(context=context, context_mask=torch.arange(context.shape[1]) < lengths[:, None])
 
+    def _encode_images(self, work: list[tuple[Sample, Bucket]], encoder: ImageEncoder) -> None:
+        """Encodes each picture alone, so that its bits do not depend on its neighbours."""
+        keys, refused = self._image_keys_of(work)
+        distinct = {key: item for key, item in zip(keys, work, strict=True) if key not in refused}
 
-def _image_key(sample: Sample, bucket: Bucket) -> str:
-    return content_key(sample.path.read_bytes(), f"{bucket.width}x{bucket.height}")
+        def encode(items: list[tuple[str, tuple[Sample, Bucket]]]) -> list[Encoded | None]:
+            ((key, (sample, bucket)),) = items
+            try:
+                return [{"latents": self._encode_image(sample, bucket, encoder)}]
+            except SampleError as err:
+                if not self._is_lenient:
+                    raise
+                refused[key] = err.reason
+                return [None]
+
+        self._latents.fill(list(distinct.items()), encode, chunk=1, what="encode images")
+        for key, (sample, bucket) in zip(keys, work, strict=True):
+            if key not in refused:
+                self.samples.append(sample)
+                self.buckets.append(bucket)
+                self._image_keys.append(key)
+            elif Reject(sample.path, refused[key]) not in self.rejects:
+                self.rejects.append(Reject(sample.path, refused[key]))
+        if not self.samples:
+            first = self.rejects[0]
+            raise DataError(f"datasets must hold a usable image, got none; {first.path}: {first.reason}")
+
+    def _image_keys_of(self, work: list[tuple[Sample, Bucket]]) -> tuple[list[str], dict[str, str]]:
+        """Content keys of pictures, and the reasons why some cannot be read, by key."""
+        keys: list[str] = []
+        refused: dict[str, str] = {}
+        for sample, bucket in tqdm(work, desc="read images", unit="image", leave=False, delay=5):
+            self._stop.check()
+            try:
+                content = sample.path.read_bytes()
+            except OSError as err:
+                unreadable = SampleError(sample.path, f"image must be readable, got {err.strerror}")
+                if not self._is_lenient:
+                    raise unreadable from err
+                keys.append(str(sample.path))
+                refused[keys[-1]] = unreadable.reason
+                continue
+            keys.append(content_key(content, f"{bucket.width}x{bucket.height}"))
+        return keys, refused
+
+    def _encode_image(self, sample: Sample, bucket: Bucket, encoder: ImageEncoder) -> Tensor:
+        latents = encoder.encode(load_image(sample, bucket)[None])[0].to(self._dtype)
+        if not torch.isfinite(latents).all():
+            raise SampleError(sample.path, "latents of the image must be finite, got others")
+        return latents
+
+    def _encode_captions(self, encoder: CaptionEncoder) -> None:
+        """Encodes captions in chunks; a chunk is known by all it holds: padding may change the last bit."""
+        captions = list(dict.fromkeys(["", *(sample.caption for sample in self.samples)]))
+        for first in range(0, len(captions), TEXT_CHUNK):
+            part = captions[first : first + TEXT_CHUNK]
+            together = content_key(*part)
+            self._text_keys.update({caption: content_key(together, caption) for caption in part})
+
+        def encode(items: list[tuple[str, str]]) -> list[Encoded | None]:
+            coded = encoder.encode([caption for _, caption in items])
+            assert coded.context is not None
+            assert coded.context_mask is not None
+            lengths = coded.context_mask.sum(1).tolist()
+            results: list[Encoded | None] = []
+            for (_, caption), states, length in zip(items, coded.context, lengths, strict=True):
+                if not torch.isfinite(states).all():
+                    raise DataError(f"text states of caption {caption!r} must be finite, got others")
+                results.append({"context": states[:length].to(self._dtype).clone()})
+            return results
+
+        work = [(key, caption) for caption, key in self._text_keys.items()]
+        self._texts.fill(work, encode, chunk=TEXT_CHUNK, what="encode captions")

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.vae.preview import fit_rgb_factors
 from training.data.buckets import Bucket
-from training.data.folder import Sample, load_image
+from training.data.images import load_image
 from training.data.order import BatchOrder
+from training.data.sample import Sample
 from training.grid import save_grid
 from training.keys import generator
 from training.stop import StopFlag
@@ -55,6 +56,10 @@ class AutoencoderObjective:
         self.images = load_images(samples, stop)
         self.held_out = load_images(held_out, stop)
         self.order = BatchOrder(seed, (len(samples),), batch_size)
+
+    def batch_keys(self, step: int) -> tuple[str, list[str]]:
+        """Size of the crops and numbers of the pictures of a step's global batch."""
+        return f"{self.crop}x{self.crop}", [str(number) for number in self.order.batch(step)[1]]
 
     def loss(self, step: int, part: slice) -> Tensor:
         """Reconstruction loss of samples `part` of a step's batch."""
@@ -118,7 +123,8 @@ def reconstruction_loss(module: AutoencoderKL, pixels: Tensor, noise: Tensor) ->
     error = MSE_WEIGHT * functional.mse_loss(rebuilt, pixels) + L1_WEIGHT * functional.l1_loss(
         rebuilt, pixels
     )
-    return error + KL_WEIGHT * divergence
+    total: Tensor = error + KL_WEIGHT * divergence
+    return total
 
 
 def psnr(result: Tensor, reference: Tensor) -> float:

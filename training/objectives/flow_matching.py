@@ -50,12 +50,21 @@ class FlowMatchingObjective:
     """
 
     def __init__(
-        self, module: nn.Module, architecture: Architecture, data: EncodedSamples, image_encoder: ImageEncoder,
-        caption_encoder: CaptionEncoder, recipe: Recipe, *, device: torch.device, judge: Judge | None = None,
+        self,
+        module: nn.Module,
+        architecture: Architecture,
+        data: EncodedSamples,
+        image_encoder: ImageEncoder,
+        caption_encoder: CaptionEncoder,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        judge: Judge | None = None,
     ) -> None:
         """Groups the samples into buckets; `judge` measures previews."""
         self.module = module.to(device)
-        self.architecture, self.data, self.recipe, self.device, self.judge = architecture, data, recipe, device, judge
+        self.architecture, self.data, self.recipe = architecture, data, recipe
+        self.device, self.judge = device, judge
         self.image_encoder, self.caption_encoder = image_encoder, caption_encoder
         self.groups: list[list[int]] = [
             [n for n, b in enumerate(data.buckets) if b == bucket] for bucket in sorted(set(data.buckets))
@@ -70,6 +79,12 @@ class FlowMatchingObjective:
         """Numbers of the samples in the global batch of a step."""
         bucket, positions = self.order.batch(step)
         return [self.groups[bucket][p] for p in positions]
+
+    def batch_keys(self, step: int) -> tuple[str, list[str]]:
+        """Size of the bucket and keys of the samples of a step's global batch."""
+        numbers = self.samples(step)
+        bucket = self.data.buckets[numbers[0]]
+        return f"{bucket.width}x{bucket.height}", [self.data.samples[n].key for n in numbers]
 
     def loss(self, step: int, part: slice) -> Tensor:
         """Mean squared velocity error of samples `part` of a step's batch, float32."""
@@ -101,7 +116,10 @@ class FlowMatchingObjective:
         """A grid of samples of the configured prompts, and what the judge says of them."""
         prompts = list(self.recipe.sampling.prompts) or [s.caption for s in self.data.samples[:8]]
         images = torch.cat(
-            [self.sample(prompts[i : i + PREVIEW_BATCH], stop, i) for i in range(0, len(prompts), PREVIEW_BATCH)]
+            [
+                self.sample(prompts[i : i + PREVIEW_BATCH], stop, i)
+                for i in range(0, len(prompts), PREVIEW_BATCH)
+            ]
         )
         columns = min(8, math.isqrt(len(images) - 1) + 1)
         save_grid(images[: columns * columns], folder / f"step-{step:08d}.png", columns)
@@ -116,9 +134,14 @@ class FlowMatchingObjective:
         width, height = self.recipe.size
         shape = (self.image_encoder.channels, height // 8, width // 8)
         noise = torch.stack(
-            [torch.randn(shape, generator=generator(sampling.seed, "preview", first + i)) for i in range(len(prompts))]
+            [
+                torch.randn(shape, generator=generator(sampling.seed, "preview", first + i))
+                for i in range(len(prompts))
+            ]
         ).to(self.device)
-        both = cat([self.caption_encoder.encode([*prompts]), self.caption_encoder.encode([""] * len(prompts))])
+        both = cat(
+            [self.caption_encoder.encode([*prompts]), self.caption_encoder.encode([""] * len(prompts))]
+        )
         conditioning = self.with_size(both, noise.repeat(2, 1, 1, 1)).to(self.device)
         velocity = self._guided(conditioning, sampling.cfg)
 
@@ -127,13 +150,15 @@ class FlowMatchingObjective:
             stop.check()
 
         latents = euler(velocity, noise, sigma_grid(sampling.steps), callback=check)
-        return torch.cat([self.image_encoder.decode(part) for part in latents.split(16)]).cpu()
+        return torch.cat([self.image_encoder.decode(part) for part in torch.split(latents, 16)]).cpu()
 
     def _guided(self, conditioning: Conditioning, scale: float) -> VelocityFn:
         """Guided velocity from one batch of conditional and unconditional rows."""
 
         def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            result = self.architecture.velocity(self.module.forward, x.repeat(2, 1, 1, 1), sigma.repeat(2), conditioning)
+            result = self.architecture.velocity(
+                self.module.forward, x.repeat(2, 1, 1, 1), sigma.repeat(2), conditioning
+            )
             conditional, unconditional = result.chunk(2)
             return conditional, unconditional
 

@@ -1,8 +1,8 @@
 """Objective of the demo's text encoder: next word and present word of captions.
 
-In a template language the next word does not depend on which colour or shape was just said, so next-word training
-alone forgets it: the states of "circle" and "star" end up 4 % of their length apart. The present word, read from
-the last hidden state through a fixed random head, keeps them apart.
+In a template language the next word does not depend on which colour or shape was just said, so next-word
+training alone forgets it: the states of "circle" and "star" end up 4 % of their length apart. The present
+word, read from the last hidden state through a fixed random head, keeps them apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ class LanguageObjective:
     """Mean cross-entropy of the next token, plus that of the present token through a fixed random head."""
 
     def __init__(
-        self, encoder: Gemma3TextEncoder, captions: Sequence[str], *, seed: int, batch_size: int, device: torch.device
+        self,
+        encoder: Gemma3TextEncoder,
+        captions: Sequence[str],
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         """Tokenizes all captions; the encoder's weights are trained."""
         self.module = encoder.model.to(device).requires_grad_(True)
@@ -41,6 +47,10 @@ class LanguageObjective:
         self.order = BatchOrder(seed, (len(captions),), batch_size)
         shape = encoder.model.embed_tokens.weight.shape
         self.head = torch.randn(shape, generator=generator(seed, "head")).mul(HEAD_STD).to(device)
+
+    def batch_keys(self, step: int) -> tuple[str, list[str]]:
+        """One bucket for all, and the numbers of the captions of a step's global batch."""
+        return "captions", [str(number) for number in self.order.batch(step)[1]]
 
     def loss(self, step: int, part: slice) -> Tensor:
         """Sum of both cross-entropies over the real tokens of samples `part`."""
@@ -67,16 +77,22 @@ class LanguageObjective:
 
 
 SWAPS = {
-    "shape": ("a small red {} at the top left on a blue background", ("circle", "square", "triangle", "star")),
+    "shape": (
+        "a small red {} at the top left on a blue background",
+        ("circle", "square", "triangle", "star"),
+    ),
     "color": ("a small {} circle at the top left on a blue background", ("red", "green", "yellow", "purple")),
-    "background": ("a small red circle at the top left on a {} background", ("blue", "green", "white", "black")),
+    "background": (
+        "a small red circle at the top left on a {} background",
+        ("blue", "green", "white", "black"),
+    ),
     "size": ("a {} red circle at the top left on a blue background", ("small", "medium", "large")),
 }
 
 
 @torch.no_grad()
 def separation(encoder: Gemma3TextEncoder, kind: str) -> float:
-    """Smallest distance between the states of two exchanged words at their own place, over their mean length."""
+    """Smallest distance between the states of exchanged words at their own place, over their mean length."""
     template, words = SWAPS[kind]
     place = template.split().index("{}") + 1
     coded: Conditioning = encoder.encode([template.format(word) for word in words])

@@ -1,7 +1,10 @@
 """The parts of XUT: embedders, norms, attentions, and the block made of them.
 
-Parameters carry the names of the published checkpoints. Source: KohakuBlueleaf/HDM; the residual of
-`residual=prenorm` and the cross-attention of `skip_source=self` are those of MK040412/Ouroboros.
+Parameters carry the names of the published checkpoints. The stream, the norms and the rotations are float32
+whatever the matrices compute in, and so are the parameters of norms and rotations: log frequencies rounded to
+half precision change the output by several percent.
+Source: KohakuBlueleaf/HDM; the residual of `residual=prenorm` and the cross-attention of `skip_source=self`
+are those of MK040412/Ouroboros.
 """
 
 import math
@@ -13,8 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...layers.attention import widen
 from ...layers.embeddings import sinusoidal, timestep_frequencies
-from ...layers.modulation import Modulation, gated_sum, modulation
+from ...layers.modulation import Modulation, modulation
 from ...layers.norm import rms_norm
 from ...layers.rope import Rotation, axial_angles, rotate_pairs, rotation
 from ...ops import AttentionFn, Ops
@@ -31,7 +35,7 @@ class SharedModulation(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What steers the blocks, the same for all blocks of a stack.
+    """What steers the blocks, the same for all blocks of a stack. Matrices compute in the dtype of condition.
 
     Shapes: condition `b 1 d`; positions `b n 2` or `1 n 2`, None = no rotation; bias and context_bias
     broadcastable to `b nh n n` and `b nh n m`; context `b m k`, the text that blocks cross-attend to.
@@ -98,9 +102,9 @@ class TimestepEmbedding(nn.Module):
 class RMSNorm(nn.Module):
     """Division by the root mean square, then a weight per channel."""
 
-    def __init__(self, dim: int, **where: Any) -> None:
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, **where))
+        self.weight = nn.Parameter(torch.ones(dim, device=device))
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the normalised x times scale, float32."""
@@ -113,9 +117,9 @@ class DyT(nn.Module):
     Source: Zhu et al. 2025, arXiv:2503.10622, without its affine part.
     """
 
-    def __init__(self, dim: int, **where: Any) -> None:
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.in_weight = nn.Parameter(torch.ones(dim, **where))
+        self.in_weight = nn.Parameter(torch.ones(dim, device=device))
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return tanh(weight * x) times scale, float32."""
@@ -127,16 +131,16 @@ class AdaLN(nn.Module):
 
     def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
-        self.norm = DyT(config.dim, **where) if config.use_dyt else RMSNorm(config.dim, **where)
+        self.norm = (DyT if config.use_dyt else RMSNorm)(config.dim, where.get("device"))
         self.adaln = None
         if not config.shared_adaln:
             self.adaln = zero_init(ops.linear(config.dim, 3 * config.dim, **where))
 
     def forward(self, x: Tensor, condition: Tensor, shared: Modulation | None) -> tuple[Tensor, Tensor]:
-        """Return norm(x) * scale + shift in the dtype of x, and the gate `b 1 d` in float32."""
+        """Return norm(x) * scale + shift and the gate `b 1 d`, float32."""
         own = shared if self.adaln is None else modulation(self.adaln(condition))
         assert own is not None  # the model passes shared modulations exactly when blocks have no heads
-        return (self.norm(x, own.scale) + own.shift).to(x.dtype), own.gate
+        return self.norm(x, own.scale) + own.shift, own.gate
 
 
 def _at_use(parameter: Tensor, like: Tensor) -> Tensor:
@@ -154,10 +158,10 @@ def zero_init(layer: nn.Linear) -> nn.Linear:
 class AxialRoPE(nn.Module):
     """Learned frequencies, kept as logarithms, for each head, index and axis."""
 
-    def __init__(self, config: XUTConfig, **where: Any) -> None:
+    def __init__(self, config: XUTConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         shape = (config.heads, config.dim_head // 4, 2)
-        self.freqs = nn.Parameter(torch.full(shape, math.log(math.pi), **where))
+        self.freqs = nn.Parameter(torch.full(shape, math.log(math.pi), device=device))
 
     def forward(self, positions: Tensor) -> Rotation:
         """Return the rotation at positions `b n 2`, float32."""
@@ -172,17 +176,17 @@ class SelfAttention(nn.Module):
         self.heads = config.heads
         self.qkv = ops.linear(config.dim, 3 * config.dim, bias=False, **where)
         self.out = ops.linear(config.dim, config.dim, **where)
-        self.rope = AxialRoPE(config, **where)
+        self.rope = AxialRoPE(config, where.get("device"))
 
     def forward(
         self, x: Tensor, positions: Tensor | None, bias: Tensor | None, attention: AttentionFn
     ) -> Tensor:
         """Return `b n d`; positions None leaves queries and keys unrotated."""
-        q, k, v = rearrange(self.qkv(x), "b n (three nh e) -> three b nh n e", three=3, nh=self.heads)
+        q, k, v = rearrange(widen(self.qkv(x)), "b n (three nh e) -> three b nh n e", three=3, nh=self.heads)
         if positions is not None:
             turn = self.rope(positions)
             q, k = rotate_pairs(q, turn), rotate_pairs(k, turn)
-        mixed: Tensor = self.out(attention(q, k, v, bias))
+        mixed: Tensor = self.out(attention(q, k, v, bias).to(x.dtype))
         return mixed
 
 
@@ -195,7 +199,7 @@ class CrossAttention(nn.Module):
         self.q = ops.linear(config.dim, config.dim, bias=False, **where)
         self.kv = ops.linear(context_dim, 2 * config.dim, bias=False, **where)
         self.out = ops.linear(config.dim, config.dim, **where)
-        self.rope = AxialRoPE(config, **where)
+        self.rope = AxialRoPE(config, where.get("device"))
 
     def forward(
         self,
@@ -207,8 +211,8 @@ class CrossAttention(nn.Module):
         attention: AttentionFn,
     ) -> Tensor:
         """Return `b n d`; keys are rotated only where context positions are given."""
-        q = rearrange(self.q(x), "b n (nh e) -> b nh n e", nh=self.heads)
-        k, v = rearrange(self.kv(context), "b m (two nh e) -> two b nh m e", two=2, nh=self.heads)
+        q = rearrange(widen(self.q(x)), "b n (nh e) -> b nh n e", nh=self.heads)
+        k, v = rearrange(widen(self.kv(context)), "b m (two nh e) -> two b nh m e", two=2, nh=self.heads)
         turn = None
         if positions is not None:
             turn = self.rope(positions)
@@ -216,7 +220,7 @@ class CrossAttention(nn.Module):
         if context_positions is not None:
             same = turn is not None and context_positions is positions
             k = rotate_pairs(k, turn if same and turn is not None else self.rope(context_positions))
-        mixed: Tensor = self.out(attention(q, k, v, bias))
+        mixed: Tensor = self.out(attention(q, k, v, bias).to(x.dtype))
         return mixed
 
 
@@ -255,35 +259,30 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, signals: Signals, attention: AttentionFn, encoded: Tensor | None = None
     ) -> Tensor:
-        """Return the stream `b n d` after the block; encoded `b n d` is read by a first decoder block."""
+        """Return the stream `b n d` after the block, float32; a first decoder block reads encoded `b n d`."""
         condition, positions = signals.condition, signals.positions
         shared = signals.shared or (None, None, None)
+        dtype = condition.dtype
 
         h, gate = self.attn_pre_norm(x, condition, shared[0])
-        x = self._add(x, h, gate, self.attn(h, positions, signals.bias, attention))
+        branch = self.attn(h.to(dtype), positions, signals.bias, attention)
+        x = torch.addcmul(x if self.is_prenorm else h, gate, branch)
 
         if self.xattn is not None and self.xattn_pre_norm is not None:
-            source = self._cross_source(x, signals, encoded)
+            source, places, bias = self._cross_source(x, signals, encoded)
             h, gate = self.xattn_pre_norm(x, condition, shared[1])
-            x = self._add(
-                x, h, gate, self.xattn(h, source.tokens, positions, source.positions, source.bias, attention)
-            )
+            branch = self.xattn(h.to(dtype), source.to(dtype), positions, places, bias, attention)
+            x = torch.addcmul(x if self.is_prenorm else h, gate, branch)
 
         h, gate = self.mlp_pre_norm(x, condition, shared[2])
-        return self._add(x, h, gate, self.mlp(h))
+        branch = self.mlp(h.to(dtype))
+        return torch.addcmul(x if self.is_prenorm else h, gate, branch)
 
-    def _add(self, x: Tensor, h: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        return gated_sum(x if self.is_prenorm else h, gate, branch)
-
-    def _cross_source(self, x: Tensor, signals: Signals, encoded: Tensor | None) -> "_CrossSource":
-        """The encoder's output (in the JAX port the stream itself) at the stream's positions, or the text."""
+    def _cross_source(
+        self, x: Tensor, signals: Signals, encoded: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Tokens, positions, bias of the encoder's output (in the JAX port of the stream), or of the text."""
         if encoded is None:
             assert signals.context is not None  # the model checks that text is there
-            return _CrossSource(signals.context, None, signals.context_bias)
-        return _CrossSource(x if self.attends_to_itself else encoded, signals.positions, signals.bias)
-
-
-class _CrossSource(NamedTuple):
-    tokens: Tensor
-    positions: Tensor | None
-    bias: Tensor | None
+            return signals.context, None, signals.context_bias
+        return x if self.attends_to_itself else encoded, signals.positions, signals.bias

@@ -30,7 +30,7 @@ from .positions import axial_positions, pool_positions
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Tokens `b n d`, those of a rows x columns image first, with what steers the blocks."""
+    """Tokens `b n d` in float32, those of a rows x columns image first, with what steers the blocks."""
 
     tokens: Tensor
     signals: Signals
@@ -129,7 +129,7 @@ class XUDiT(nn.Module):
         height, width = x.shape[-2:]
         stream = self.embed(x, t, ctx, ctx_mask=ctx_mask, pos_map=pos_map, r=r, addon_info=addon_info)
         tokens, _ = self.transform(stream, tread_rate=tread_rate, generator=generator, runtime=runtime)
-        patches = self.out_patch(tokens[:, : stream.num_image])  # b n (p p c)
+        patches = self.out_patch(tokens[:, : stream.num_image].to(x.dtype))  # b n (p p c)
         latents = unpatchify(patches, stream.rows, stream.columns, self.config.patch_size)  # b c h w
         return latents[..., :height, :width]
 
@@ -151,7 +151,7 @@ class XUDiT(nn.Module):
         class_ids, ctx = (ctx, None) if self.config.class_cond else (None, ctx)
         condition = self._condition(x.dtype, t, class_ids, r, addon_info)  # b 1 d
         positions = self._positions(rows, columns, pos_map, x.device)  # 1 n 2 or b n 2
-        tokens = self.in_patch(x)  # b n d
+        tokens = self.in_patch(x).float()  # b n d
         if ctx is None and self.config.ctx_dim is not None:
             ctx = x.new_zeros(x.shape[0], self.config.ctx_size, self.config.ctx_dim)
         context_bias = (
@@ -159,7 +159,7 @@ class XUDiT(nn.Module):
         )  # b 1 1 m
         bias = None
         if self.ctx_proj is not None:
-            text = self.ctx_proj(ctx)  # b m d
+            text = self.ctx_proj(ctx).float()  # b m d
             if context_bias is not None:
                 bias = torch.cat(
                     (context_bias.new_zeros(*context_bias.shape[:3], tokens.shape[1]), context_bias), -1

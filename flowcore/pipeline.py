@@ -1,0 +1,400 @@
+"""Prompt to picture in plain Python: encode, sample, decode. Every stage is usable alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import __version__
+from .assets import resolve
+from .conditioning import Conditioning, cat
+from .devices import find_device, find_dtype
+from .errors import CheckpointError, ConfigError
+from .flow.guidance import guided_pair
+from .flow.masking import masked_velocity, noise_to_strength, restore_kept
+from .flow.path import VelocityFn
+from .flow.solvers import SOLVERS
+from .flow.steps import NoiseFn, StepCallback
+from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_images
+from .settings import Settings
+from .text.gemma3 import TextMode, load_text_encoder
+from .vae.autoencoder import Autoencoder, load_vae
+from .weights.checkpoint import LoadedModel, load_model
+
+DEFAULT_MODEL = "xut-demo"
+FALLBACK_SIDE = 512
+"""Pixels a side for a model whose file does not state its resolution."""
+MAX_SEED = 2**64 - 1
+
+Source: TypeAlias = str | Path
+
+
+class TextEncoder(Protocol):
+    """What the pipeline asks of a text encoder."""
+
+    def encode(self, prompts: Sequence[str], mode: TextMode = "sequence") -> Conditioning:
+        """Return the prompts' conditioning."""
+        ...
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the encoder does not know."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """A diffusion model with its text encoder and autoencoder.
+
+    sources: what the settings in a picture call the parts.
+    """
+
+    model: LoadedModel
+    text_encoder: TextEncoder
+    vae: Autoencoder
+    text_mode: TextMode = "sequence"
+    sources: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Check that model and autoencoder share their latents. Raises: ConfigError."""
+        channels = self.model.architecture.latent_channels(self.model.config)
+        if channels != self.vae.spec.channels:
+            raise ConfigError(
+                f"the VAE must have the model's {channels} latent channels, got {self.vae.spec.channels} "
+                f"({self.vae.spec.name}); pass the VAE that the model was trained with"
+            )
+
+    @classmethod
+    def from_files(
+        cls,
+        model: Source = DEFAULT_MODEL,
+        *,
+        vae: Source | None = None,
+        text_encoder: Source | None = None,
+        text_mode: TextMode | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> "Pipeline":
+        """Return the pipeline of files or bundled names.
+
+        Args:
+            model: a model file; its metadata may name the other parts.
+            vae: None = what the model file names.
+            text_encoder: None = what the model file names.
+            text_mode: None = what the model file says, else "sequence".
+            device: "auto" takes CUDA or MPS where there is one.
+            dtype: of the diffusion model; "auto" is float32 on the CPU and bfloat16 elsewhere.
+
+        Raises: CheckpointError or ConfigError, naming the file or the argument.
+        """
+        place = find_device(device)
+        kind = find_dtype(dtype, place)
+        path = resolve(model)
+        loaded = load_model(path, device=place, dtype=kind)
+        sources = {"model": str(model)}
+        for part, given in (("vae", vae), ("text_encoder", text_encoder)):
+            sources[part] = _part_source(part, given, loaded.metadata, path)
+        return cls(
+            model=loaded,
+            text_encoder=load_text_encoder(sources["text_encoder"], device=place),
+            vae=load_vae(sources["vae"], spec=loaded.architecture.latent_spec, device=place),
+            text_mode=_text_mode(text_mode or loaded.metadata.get("flowcore.text_mode", "sequence")),
+            sources=sources,
+        )
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height in pixels at which the model was trained."""
+        text = self.model.metadata.get("modelspec.resolution", "")
+        sides = text.split("x")
+        if len(sides) == 2 and all(side.isdigit() for side in sides):
+            return int(sides[0]), int(sides[1])
+        return FALLBACK_SIDE, FALLBACK_SIDE
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings | None = None,
+        *,
+        init_image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        callback: StepCallback | None = None,
+    ) -> list[Image.Image]:
+        """Return one picture for each prompt and seed, with the settings attached (see `images.save_image`).
+
+        Args:
+            prompts: one text for each picture.
+            seeds: one number for each picture.
+            settings: None = the defaults.
+            init_image: where all pictures start from, at `settings.strength`; resized to the size.
+            mask: white where the initial image is replaced; resized to the size.
+            callback: told of every step.
+
+        Raises: ConfigError that names the setting.
+        """
+        settings = self.sized(settings or Settings(), init_image)
+        clean = keep = None
+        if init_image is not None:
+            clean = self.encode_image(init_image, settings)
+        if mask is not None:
+            keep = self.encode_mask(mask, settings)
+        latents = self.sample(prompts, seeds, settings, clean=clean, mask=keep, callback=callback)
+        pictures = self.decode(latents)
+        for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True):
+            add_settings(picture, {"prompt": prompt, "seed": seed, **self.describe(settings)})
+        return pictures
+
+    def sized(self, settings: Settings, image: Image.Image | None = None) -> Settings:
+        """Return the settings with a size: their own, else the image's (rounded down), else the model's.
+
+        Raises: ConfigError if a side is no multiple of the latent cell.
+        """
+        cell = self.vae.spec.downscale
+        default = self.default_size
+        if image is not None:
+            default = (max(image.width // cell, 1) * cell, max(image.height // cell, 1) * cell)
+        width, height = settings.width or default[0], settings.height or default[1]
+        for name, side in (("width", width), ("height", height)):
+            if side < cell or side % cell:
+                low, high = max(side // cell, 1) * cell, (max(side // cell, 1) + 1) * cell
+                raise ConfigError(
+                    f"{name} must be a multiple of {cell}, got {side}; nearest are {low} and {high}"
+                )
+        return replace(settings, width=width, height=height)
+
+    @torch.inference_mode()
+    def encode_image(self, image: Image.Image, settings: Settings) -> Tensor:
+        """Return the model-space latents `1 c h w` of a picture, resized to the settings' size."""
+        width, height = self._size(settings)
+        return self.vae.encode(image_to_tensor(image, width, height))
+
+    def encode_mask(self, mask: Image.Image, settings: Settings) -> Tensor:
+        """Return the mask on the latent grid, `1 1 h w` in [0, 1], 1 = generate."""
+        width, height = self._size(settings)
+        cell = self.vae.spec.downscale
+        return mask_to_tensor(mask, width // cell, height // cell)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        *,
+        clean: Tensor | None = None,
+        mask: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Return model-space latents `b c h w`, float32, for each prompt and seed.
+
+        Args:
+            prompts: one text for each picture.
+            seeds: one number for each picture; its CPU generator draws the noise, so that all devices start
+                from the same.
+            settings: size and sampling.
+            clean: latents of the initial image, `1 c h w` or `b c h w`.
+            mask: `1 1 h w` or `b 1 h w`, 1 = generate; needs `clean`.
+            callback: told of every step.
+
+        Raises: ConfigError that names the setting.
+        """
+        _check_request(prompts, seeds, settings, has_clean=clean is not None, has_mask=mask is not None)
+        width, height = self._size(settings)
+        cell = self.vae.spec.downscale
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        shape = (self.vae.spec.channels, height // cell, width // cell)
+        noise = draw_noise(generators, shape).to(self.device)
+        velocity = self.guided_velocity(prompts, settings)
+        sigmas = settings.sigmas()
+        start = noise
+        if clean is not None:
+            clean = clean.to(noise).expand_as(noise)
+            start = noise_to_strength(clean, noise, sigmas)
+        if clean is not None and mask is not None:
+            mask = mask.to(noise)
+            velocity = masked_velocity(velocity, mask, clean, noise)
+        latents = SOLVERS[settings.solver](
+            velocity, start, sigmas, callback=callback, noise=step_noise(generators)
+        )
+        return latents if mask is None or clean is None else restore_kept(latents, mask, clean)
+
+    def guided_velocity(self, prompts: Sequence[str], settings: Settings) -> VelocityFn:
+        """Return the velocity under guidance for a batch of prompts; both predictions come from one call."""
+        conditional = self.condition(prompts, settings)
+        unconditional = self.condition([settings.negative_prompt] * len(prompts), settings)
+        both = cat([conditional, unconditional])
+
+        def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+            return first, second
+
+        return guided_pair(
+            pair,
+            lambda x, sigma: self.velocity(x, sigma, conditional),
+            settings.cfg_scale,
+            interval=None if settings.cfg_interval == (0.0, 1.0) else settings.cfg_interval,
+            combine=settings.guidance_rule(),
+        )
+
+    def condition(self, prompts: Sequence[str], settings: Settings) -> Conditioning:
+        """Return the conditioning of prompts, with what the architecture wants to know of the size."""
+        width, height = self._size(settings)
+        text = self.text_encoder.encode(prompts, self.text_mode)
+        extras = self.model.architecture.size_extras(self.model.config, width, height)
+        grown = {name: part.expand(len(prompts), *part.shape[1:]) for name, part in extras.items()}
+        return replace(text, extras={**text.extras, **grown}).to(self.device)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the model's velocity `b c h w`, float32, of latents `b c h w` at levels `b`."""
+        return self.model.architecture.velocity(
+            self.model.model.forward, latents, sigma, conditioning, dtype=self.dtype
+        )
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Return the pictures of model-space latents `b c h w`, decoded one by one to save memory."""
+        return [tensor_to_images(self.vae.decode(one[None]))[0] for one in latents]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the diffusion model is."""
+        return next(self.model.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the diffusion model computes in: the dtype of its weights."""
+        return next(self.model.model.parameters()).dtype
+
+    def describe(self, settings: Settings) -> dict[str, Any]:
+        """Return everything but prompt and seed that decides a picture, as JSON-like values."""
+        return {
+            "flowcore": __version__,
+            **self.sources,
+            "text_mode": self.text_mode,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            **asdict(settings),
+        }
+
+    def _size(self, settings: Settings) -> tuple[int, int]:
+        """Return width and height in pixels, checked."""
+        sized = self.sized(settings)
+        assert sized.width is not None
+        assert sized.height is not None
+        return sized.width, sized.height
+
+
+def generate(  # noqa: PLR0913 - the one call that spells out every setting
+    prompt: str,
+    *,
+    negative_prompt: str = "",
+    model: Source | Pipeline = DEFAULT_MODEL,
+    width: int | None = None,
+    height: int | None = None,
+    num_steps: int = 20,
+    cfg_scale: float = 3.0,
+    seed: int = 0,
+    solver: str = "euler",
+    shift: float = 1.0,
+    init_image: Image.Image | None = None,
+    strength: float = 1.0,
+    mask: Image.Image | None = None,
+    callback: StepCallback | None = None,
+) -> Image.Image:
+    """Return the picture of a prompt; the same arguments give the same pixels on the same machine.
+
+    Args:
+        prompt: what to show.
+        negative_prompt: what guidance leads away from.
+        model: a bundled name, a file, or a pipeline (which saves loading again).
+        width: pixels; None = the initial image's, else the model's own.
+        height: as width.
+        num_steps: steps of the solver.
+        cfg_scale: strength of classifier-free guidance; 1 = none.
+        seed: start of the noise, drawn on the CPU.
+        solver: a name of `flowcore.flow.SOLVERS`.
+        shift: above 1 spends more steps at high noise.
+        init_image: where to start from.
+        strength: in (0, 1]; how far the initial image is taken back to noise.
+        mask: white where the initial image is replaced.
+        callback: told of every step.
+
+    Raises: ConfigError or CheckpointError, on one line, naming argument or file and the remedy.
+    """
+    settings = Settings(
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        cfg_scale=cfg_scale,
+        solver=solver,
+        shift=shift,
+        strength=strength,
+    )
+    pipeline = model if isinstance(model, Pipeline) else Pipeline.from_files(model)
+    return pipeline.generate([prompt], [seed], settings, init_image=init_image, mask=mask, callback=callback)[
+        0
+    ]
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal numbers `b ...`, float32, a row from each CPU generator.
+
+    For one picture these are the values of ComfyUI's noise of the same seed.
+    """
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+def step_noise(generators: Sequence[torch.Generator]) -> NoiseFn:
+    """Return the noise of stochastic solvers: each row goes on with its own generator."""
+
+    def noise(_step: int, like: Tensor) -> Tensor:
+        return draw_noise(generators, tuple(like.shape[1:])).to(like)
+
+    return noise
+
+
+_TEXT_MODES: dict[str, TextMode] = {"sequence": "sequence", "pooled": "pooled"}
+
+
+def _text_mode(name: str) -> TextMode:
+    """Return the text mode of a name; ConfigError if there is none."""
+    if name in _TEXT_MODES:
+        return _TEXT_MODES[name]
+    raise ConfigError(f"the text mode must be sequence or pooled, got {name!r}; pass text_mode (--text-mode)")
+
+
+def _part_source(part: str, given: Source | None, metadata: Mapping[str, str], model: Path) -> str:
+    """Return where a part of the pipeline is: the argument, else what the model file names."""
+    source = given if given is not None else metadata.get(f"flowcore.{part}")
+    if source is None:
+        option = f"--{part.replace('_', '-')}"
+        raise CheckpointError(
+            f"{model.name} must name its {part} in the metadata flowcore.{part}, got none; "
+            f"pass one with {part}= ({option})"
+        )
+    beside = model.parent / source
+    return str(beside if given is None and beside.exists() else source)
+
+
+def _check_request(
+    prompts: Sequence[str], seeds: Sequence[int], settings: Settings, *, has_clean: bool, has_mask: bool
+) -> None:
+    """Check what is said once a call. Raises: ConfigError."""
+    if isinstance(prompts, str) or not prompts or len(prompts) != len(seeds):
+        raise ConfigError(
+            f"prompts must be a list with one seed each, got {len(prompts)} and {len(seeds)} seeds"
+        )
+    wrong = next((seed for seed in seeds if not 0 <= seed <= MAX_SEED), None)
+    if wrong is not None:
+        raise ConfigError(f"seed must lie in 0..{MAX_SEED}, got {wrong}")
+    if has_mask and not has_clean:
+        raise ConfigError("a mask must come with an initial image, got none; pass init_image (--init)")
+    if settings.strength < 1 and not has_clean:
+        raise ConfigError(
+            f"strength must be 1 without an initial image, got {settings.strength}; pass init_image (--init)"
+        )

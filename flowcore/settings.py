@@ -1,0 +1,59 @@
+"""What decides a picture besides prompt, seed and weights."""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import ConfigError
+from .flow.guidance import Combine, cfg_rescale, cfg_zero_star
+from .flow.schedule import sigma_grid, zero_init
+from .flow.solvers import SOLVERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What decides a picture besides prompt, seed and weights.
+
+    width, height: pixels; None = the model's own. cfg_scale: 1 = no guidance. cfg_rescale: share in [0, 1] by
+    which guidance keeps the spread of the conditional prediction. cfg_zero: CFG-Zero* guidance, whose first
+    step leaves the noise as it is. cfg_interval: noise levels between which guidance acts. shift: above 1
+    spends more steps at high noise. strength: share of the way to noise at which an initial image starts.
+    """
+
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    num_steps: int = 20
+    cfg_scale: float = 3.0
+    cfg_rescale: float = 0.0
+    cfg_zero: bool = False
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
+    shift: float = 1.0
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the model. Raises: ConfigError."""
+        if self.solver not in SOLVERS:
+            near = difflib.get_close_matches(self.solver, SOLVERS, n=1)
+            hint = f"; nearest is {near[0]}" if near else ""
+            raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}{hint}")
+        if not math.isfinite(self.cfg_scale):
+            raise ConfigError(f"cfg_scale must be finite, got {self.cfg_scale}; 1 switches guidance off")
+        if self.cfg_zero and self.cfg_rescale:
+            raise ConfigError(f"cfg_rescale must be 0 together with cfg_zero, got {self.cfg_rescale}")
+        self.sigmas()
+        self.guidance_rule()
+
+    def sigmas(self) -> Tensor:
+        """Return the noise levels of the run, `num_steps + 1` or one less with cfg_zero, float64."""
+        grid = sigma_grid(self.num_steps, self.shift, strength=self.strength)
+        return zero_init(grid) if self.cfg_zero and self.cfg_scale != 1 else grid
+
+    def guidance_rule(self) -> Combine | None:
+        """Return how both predictions are mixed; None = plain."""
+        if self.cfg_zero:
+            return cfg_zero_star
+        return cfg_rescale(self.cfg_rescale) if self.cfg_rescale else None

@@ -1,0 +1,78 @@
+"""Key tables: names and shapes that must be exactly those of one layout of one thing the project builds."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flowcore.errors import CheckpointError, FlowCoreError
+from flowcore.models import Architecture, detect, find_layout
+from flowcore.vae.autoencoder import build_autoencoder
+from flowcore.vae.config import infer_config
+from flowcore.vae.keys import find_prefix, to_diffusers
+
+STATISTICS = ("vae_mean", "vae_std")
+
+
+def is_key_table(document: object) -> bool:
+    """Whether a JSON document maps names to shapes."""
+    return (
+        isinstance(document, Mapping)
+        and bool(document)
+        and all(isinstance(v, list) and all(isinstance(size, int) for size in v) for v in document.values())
+    )
+
+
+def table_fault(table: Mapping[str, Sequence[int]]) -> str:
+    """What keeps the table from being a layout of a model (with or without its VAE) or of a VAE; or ""."""
+    tensors = {name: torch.empty(list(shape), device="meta") for name, shape in table.items()}
+    try:
+        try:
+            architecture, prefix = detect(tensors)
+        except CheckpointError:
+            return _vae_fault(tensors)
+        own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+        others = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+        return _model_fault(architecture, own) or (_vae_fault(others) if others else "")
+    except (FlowCoreError, RuntimeError, KeyError, StopIteration) as err:
+        return f"{type(err).__name__}: {err}"
+
+
+def _model_fault(architecture: Architecture, state: dict[str, Tensor]) -> str:
+    layout = find_layout(architecture, state)
+    if layout is not None:
+        state = layout.convert(state)
+    model = architecture.model(architecture.infer_config(state, None), device="meta")
+    derived = {name for name, _ in model.named_buffers()} if layout is not None else set()
+    return _difference(model, state, derived)
+
+
+def _vae_fault(tensors: dict[str, Tensor]) -> str:
+    prefix = find_prefix(tensors, source="table")
+    state = to_diffusers(
+        {
+            name[len(prefix) :]: t
+            for name, t in tensors.items()
+            if name.startswith(prefix) and name not in STATISTICS
+        }
+    )
+    others = [name for name in tensors if not name.startswith(prefix) and name not in STATISTICS]
+    if others:
+        return f"{len(others)} names belong to nothing, first {others[0]}"
+    module = build_autoencoder(infer_config(state, source="table"), device="meta")
+    channels = module.config["latent_channels"]
+    for name in STATISTICS:
+        if name in tensors and tuple(tensors[name].shape) != (1, channels, 1, 1):
+            return f"{name} has shape {tuple(tensors[name].shape)}"
+    return _difference(module, state, set())
+
+
+def _difference(module: nn.Module, state: Mapping[str, Tensor], optional: set[str]) -> str:
+    """How the names and shapes differ from the module's; names that a layout leaves out are optional."""
+    built = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    listed = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    missing = [name for name in built if name not in listed and name not in optional]
+    unknown = [name for name in listed if name not in built]
+    shapes = [name for name in built if name in listed and built[name] != listed[name]]
+    parts = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    return "; ".join(f"{len(names)} {what}, first {names[0]}" for what, names in parts if names)

@@ -1,0 +1,44 @@
+"""What a dataset gives: samples, and files that are left out with their reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flowcore.errors import FlowCoreError
+
+Setting = Literal["on_error", "missing_caption"]
+
+
+class DataError(FlowCoreError):
+    """A sample or a dataset cannot be used."""
+
+
+class SampleError(DataError):
+    """One file cannot be used; `setting` is the key of the section `data` that can leave it out instead."""
+
+    def __init__(self, path: Path, reason: str, *, setting: Setting = "on_error", remedy: str = "") -> None:
+        """Message of file, reason and remedy."""
+        remedy = remedy or f"remove it or set data.{setting} to skip"
+        super().__init__(f"{path}: {reason}; {remedy}")
+        self.path, self.reason, self.setting = path, reason, setting
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image file with its caption; `key` is the path relative to its dataset, sizes are in pixels."""
+
+    key: str
+    path: Path
+    caption: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A file that was left out, and why."""
+
+    path: Path
+    reason: str
