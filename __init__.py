@@ -1,7 +1,7 @@
-"""ComfyUI loads this folder as an extension; pytest may import this file; an installed package does not need it.
+"""ComfyUI loads this folder as an extension; pytest may import this file; an installed package lacks it.
 
-Nothing is imported at module level: pytest imports the file outside of any package, and ComfyUI pays for every
-import at its start.
+Nothing is imported at module level: pytest imports the file outside of any package, and ComfyUI pays for
+every import at its start.
 """
 
 from typing import Any

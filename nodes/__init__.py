@@ -1,4 +1,4 @@
-"""The ComfyUI nodes. Only ComfyUI imports this package; models and text encoders are imported when a node runs."""
+"""The ComfyUI nodes. Only ComfyUI imports this package; models come in when a node runs."""
 
 from comfy_api.latest import ComfyExtension, io
 

@@ -13,7 +13,7 @@ Conditioning: TypeAlias = list[list[Any]]
 CATEGORY = "FlowCore/conditioning"
 
 
-def with_values(conditioning: Conditioning, **values: Any) -> Conditioning:  # noqa: ANN401 - what nodes store
+def with_values(conditioning: Conditioning, **values: Any) -> Conditioning:
     """Return a copy of the conditioning with more entries in the dictionary of every part."""
     return [[tensor, {**entries, **values}] for tensor, entries in conditioning]
 
@@ -42,13 +42,19 @@ class XutCamera(io.ComfyNode):
             node_id="FlowCoreXutCamera",
             display_name="XUT Camera",
             category=CATEGORY,
-            description="Moves and zooms the view of an XUT model through its position grid. Only models trained with "
+            description="Moves and zooms the view of an XUT model through its position grid. Only models "
+            "trained with "
             "shifted crops follow it well.",
             search_aliases=["camera", "zoom", "pan", "position map", "hdm"],
             inputs=[
                 *_pair_inputs(),
                 io.Float.Input(
-                    "zoom", default=1.0, min=0.2, max=5.0, step=0.01, tooltip="Above 1 zooms in, below 1 zooms out."
+                    "zoom",
+                    default=1.0,
+                    min=0.2,
+                    max=5.0,
+                    step=0.01,
+                    tooltip="Above 1 zooms in, below 1 zooms out.",
                 ),
                 io.Float.Input(
                     "x_shift",
@@ -87,7 +93,8 @@ class XutTread(io.ComfyNode):
             node_id="FlowCoreXutTread",
             display_name="XUT Token Dropping",
             category=CATEGORY,
-            description="Lets a share of the image tokens skip the middle of an XUT model (TREAD). A larger share in the "
+            description="Lets a share of the image tokens skip the middle of an XUT model (TREAD). A "
+            "larger share in the "
             "negative branch guides towards detail. Only for models trained with token routing.",
             search_aliases=["tread", "token dropping", "auto guidance", "gamma", "hdm"],
             inputs=[
@@ -106,7 +113,8 @@ class XutTread(io.ComfyNode):
                     min=0.0,
                     max=0.9,
                     step=0.01,
-                    tooltip="Share of tokens dropped with the negative prompt; larger guides more, 0 drops none.",
+                    tooltip="Share of tokens dropped with the negative prompt; larger guides more, 0 drops "
+                    "none.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -145,11 +153,16 @@ class XutClass(io.ComfyNode):
             node_id="FlowCoreXutClass",
             display_name="XUT Class",
             category=CATEGORY,
-            description="Conditions a class-conditional XUT model on a class number, with no class as the negative.",
+            description="Conditions a class-conditional XUT model on a class number, with no class as the "
+            "negative.",
             search_aliases=["class label", "imagenet", "class conditional"],
             inputs=[
                 io.Int.Input(
-                    "class_id", default=0, min=0, max=1_000_000, tooltip="Number of the class, counted from 0."
+                    "class_id",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Number of the class, counted from 0.",
                 ),
             ],
             outputs=[
@@ -175,7 +188,8 @@ class XutAspect(io.ComfyNode):
             node_id="FlowCoreXutAspect",
             display_name="XUT Aspect",
             category=CATEGORY,
-            description="Tells an XUT model the aspect ratio of the whole picture, for latents that are a part of it. "
+            description="Tells an XUT model the aspect ratio of the whole picture, for latents that are a "
+            "part of it. "
             "Without this node the latent's own ratio is used.",
             search_aliases=["aspect ratio", "addon info", "size conditioning", "hdm"],
             inputs=[

@@ -1,4 +1,4 @@
-"""The weight files a loader offers: the bundled ones first, then the user's, by the names shown in the node."""
+"""The weight files a loader offers: the bundled ones first, then the user's, by the names it shows."""
 
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ class Kind(Enum):
 
 
 def choices(kind: Kind) -> list[str]:
-    """Return the names to choose from. A user's file called like a bundled one is listed once, and is the one used."""
+    """Return the names to choose from. A user's file called like a bundled one is listed once, and used."""
     bundled = [shown for shown, name in _bundled().items() if _kind_of(name) is kind]
     return bundled + [name for name in folder_paths.get_filename_list(kind.value) if name not in bundled]
 
@@ -35,7 +35,8 @@ def find(kind: Kind, shown: str) -> Path:
     if name is not None and _kind_of(name) is kind:
         return builtin(name)
     raise CheckpointError(
-        f"{shown!r} must be a file in ComfyUI's folder models/{kind.value}, got none; put it there and press R to refresh"
+        f"{shown!r} must be a file in ComfyUI's folder models/{kind.value}, got none; put it there and "
+        "press R to refresh"
     )
 
 

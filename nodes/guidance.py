@@ -11,7 +11,9 @@ _LAST_WINS = "CFG-Zero*, APG and Rescale replace each other: the last one counts
 
 
 def _model_input() -> io.Input:
-    return io.Model.Input("model", tooltip="Any flow-matching model; its sampler's cfg is the guidance scale.")
+    return io.Model.Input(
+        "model", tooltip="Any flow-matching model; its sampler's cfg is the guidance scale."
+    )
 
 
 def _model_output() -> list[io.Output]:
@@ -36,7 +38,8 @@ class GuidanceCFGZero(io.ComfyNode):
                     default=1,
                     min=0,
                     max=100,
-                    tooltip="Steps at the start that leave the noise as it is; 0 switches this off, 1 is usual.",
+                    tooltip="Steps at the start that leave the noise as it is; 0 switches this off, 1 is "
+                    "usual.",
                 ),
             ],
             outputs=_model_output(),
@@ -59,7 +62,8 @@ class GuidanceAPG(io.ComfyNode):
             node_id="FlowCoreGuidanceAPG",
             display_name="Guidance: APG",
             category=CATEGORY,
-            description="Adaptive projected guidance: high guidance scales without burnt colours. The stock APG node at "
+            description="Adaptive projected guidance: high guidance scales without burnt colours. The "
+            "stock APG node at "
             f"a scale equals this one at that scale plus 1. {_LAST_WINS}",
             search_aliases=["adaptive projected guidance", "apg", "guidance", "saturation"],
             inputs=[
@@ -70,7 +74,8 @@ class GuidanceAPG(io.ComfyNode):
                     min=-1.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share kept of the change along the picture itself, which saturates colours; 1 keeps all.",
+                    tooltip="Share kept of the change along the picture itself, which saturates colours; 1 "
+                    "keeps all.",
                 ),
                 io.Float.Input(
                     "norm_limit",
@@ -86,7 +91,8 @@ class GuidanceAPG(io.ComfyNode):
                     min=-0.95,
                     max=0.95,
                     step=0.01,
-                    tooltip="Weight of earlier steps' changes; negative pushes away from them, 0 forgets them.",
+                    tooltip="Weight of earlier steps' changes; negative pushes away from them, 0 forgets "
+                    "them.",
                 ),
             ],
             outputs=_model_output(),
@@ -114,7 +120,8 @@ class GuidanceRescale(io.ComfyNode):
             node_id="FlowCoreGuidanceRescale",
             display_name="Guidance: Rescale",
             category=CATEGORY,
-            description="Brings the guided velocity back to the spread of the unguided one. The stock RescaleCFG node "
+            description="Brings the guided velocity back to the spread of the unguided one. The stock "
+            "RescaleCFG node "
             f"is made for another kind of model. {_LAST_WINS}",
             search_aliases=["rescale cfg", "guidance rescale", "contrast"],
             inputs=[
@@ -150,7 +157,8 @@ class GuidanceInterval(io.ComfyNode):
             node_id="FlowCoreGuidanceInterval",
             display_name="Guidance: Interval",
             category=CATEGORY,
-            description="Guides between two noise levels only; outside of them the negative prompt is not computed, which "
+            description="Guides between two noise levels only; outside of them the negative prompt is not "
+            "computed, which "
             "saves time.",
             search_aliases=["guidance interval", "limited interval", "cfg schedule", "skip cfg"],
             inputs=[
@@ -161,7 +169,8 @@ class GuidanceInterval(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Guidance starts at this noise level, 0 to 1; 1 is pure noise, the start of sampling.",
+                    tooltip="Guidance starts at this noise level, 0 to 1; 1 is pure noise, the start of "
+                    "sampling.",
                 ),
                 io.Float.Input(
                     "lowest_sigma",
@@ -182,6 +191,7 @@ class GuidanceInterval(io.ComfyNode):
 
         if lowest_sigma > highest_sigma:
             raise ConfigError(
-                f"lowest_sigma must be at most highest_sigma {highest_sigma}, got {lowest_sigma}; swap the two"
+                f"lowest_sigma must be at most highest_sigma {highest_sigma}, got {lowest_sigma}; swap the "
+                "two"
             )
         return io.NodeOutput(patched(model, interval=(lowest_sigma, highest_sigma)))

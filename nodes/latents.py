@@ -18,17 +18,32 @@ class EmptyLatent(io.ComfyNode):
             node_id="FlowCoreEmptyLatent",
             display_name="Empty FlowCore Latent",
             category="FlowCore/latent",
-            description="An empty latent picture whose channels and size fit a model, a VAE or a named latent space.",
+            description="An empty latent picture whose channels and size fit a model, a VAE or a named "
+            "latent space.",
             search_aliases=["empty latent", "blank latent", "latent size", "width height"],
             inputs=[
                 io.Int.Input(
-                    "width", default=128, min=16, max=16384, step=16, tooltip="Width of the picture in pixels."
+                    "width",
+                    default=128,
+                    min=16,
+                    max=16384,
+                    step=16,
+                    tooltip="Width of the picture in pixels.",
                 ),
                 io.Int.Input(
-                    "height", default=128, min=16, max=16384, step=16, tooltip="Height of the picture in pixels."
+                    "height",
+                    default=128,
+                    min=16,
+                    max=16384,
+                    step=16,
+                    tooltip="Height of the picture in pixels.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, tooltip="Pictures per run; more need more memory."
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Pictures per run; more need more memory.",
                 ),
                 io.Combo.Input(
                     "latent_space",
@@ -37,13 +52,19 @@ class EmptyLatent(io.ComfyNode):
                     tooltip="Latent space of the picture. 'auto' takes it from the connected model or VAE.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="Model that will be sampled; tells channels and downscale in 'auto'."
+                    "model",
+                    optional=True,
+                    tooltip="Model that will be sampled; tells channels and downscale in 'auto'.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="VAE that will decode; used in 'auto' when no model is connected."
+                    "vae",
+                    optional=True,
+                    tooltip="VAE that will decode; used in 'auto' when no model is connected.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="Zeros, batch x channels x rows x columns.")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="Zeros, batch x channels x rows x columns.")
+            ],
         )
 
     @classmethod
@@ -63,7 +84,9 @@ class EmptyLatent(io.ComfyNode):
 
         channels, downscale = _grid(latent_space, model, vae)
         shape = (batch_size, channels, max(1, height // downscale), max(1, width // downscale))
-        return io.NodeOutput({"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())})
+        return io.NodeOutput(
+            {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
+        )
 
 
 def _grid(latent_space: str, model: io.Model.Type | None, vae: io.Vae.Type | None) -> tuple[int, int]:
@@ -83,4 +106,6 @@ def _grid(latent_space: str, model: io.Model.Type | None, vae: io.Vae.Type | Non
         return latent_format.latent_channels, getattr(latent_format, "downscale", 8)
     if vae is not None:
         return vae.latent_channels, vae.spacial_compression_encode()
-    raise ConfigError("latent_space 'auto' must have a model or a VAE connected, got neither; connect one or name a space")
+    raise ConfigError(
+        "latent_space 'auto' must have a model or a VAE connected, got neither; connect one or name a space"
+    )

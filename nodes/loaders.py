@@ -18,7 +18,8 @@ class LoadModel(io.ComfyNode):
             node_id="FlowCoreLoadModel",
             display_name="Load FlowCore Model",
             category="FlowCore/loaders",
-            description="Loads a diffusion model for the stock samplers. The architecture is found in the file.",
+            description="Loads a diffusion model for the stock samplers. The architecture is found in the "
+            "file.",
             search_aliases=["load diffusion model", "unet loader", "checkpoint", "xut", "flowcore"],
             inputs=[
                 io.Combo.Input(
@@ -30,13 +31,18 @@ class LoadModel(io.ComfyNode):
                     "weight_dtype",
                     options=list(DTYPES),
                     default="default",
-                    tooltip="Precision of the weights in memory. 'default' suits the device; fp8 halves the memory "
+                    tooltip="Precision of the weights in memory. 'default' suits the device; fp8 halves "
+                    "the memory "
                     "of 16-bit weights at some loss of quality.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="Model for KSampler and every other stock node."),
-                io.String.Output(display_name="info", tooltip="Architecture, size and latent space of the file."),
+                io.Model.Output(
+                    display_name="model", tooltip="Model for KSampler and every other stock node."
+                ),
+                io.String.Output(
+                    display_name="info", tooltip="Architecture, size and latent space of the file."
+                ),
             ],
         )
 
@@ -65,20 +71,23 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="FlowCoreLoadTextEncoder",
             display_name="Load FlowCore Text Encoder",
             category="FlowCore/loaders",
-            description="Loads a Gemma-3 text encoder with its tokenizer, for the stock CLIP Text Encode node. Offline.",
+            description="Loads a Gemma-3 text encoder with its tokenizer, for the stock CLIP Text Encode "
+            "node. Offline.",
             search_aliases=["load clip", "text encoder", "gemma", "flowcore"],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=choices(Kind.TEXT),
-                    tooltip="File in models/text_encoders, or a bundled encoder (flowcore-...). Beside a file from "
+                    tooltip="File in models/text_encoders, or a bundled encoder (flowcore-...). Beside a "
+                    "file from "
                     "elsewhere its config.json and tokenizer.json must lie.",
                 ),
                 io.Combo.Input(
                     "text_mode",
                     options=list(TEXT_MODES),
                     default="sequence",
-                    tooltip="'sequence' gives the model every token; 'pooled' one vector for the whole prompt. "
+                    tooltip="'sequence' gives the model every token; 'pooled' one vector for the whole "
+                    "prompt. "
                     "Choose what the model was trained with.",
                 ),
             ],
@@ -110,13 +119,15 @@ class LoadVAE(io.ComfyNode):
             node_id="FlowCoreLoadVAE",
             display_name="Load FlowCore VAE",
             category="FlowCore/loaders",
-            description="Loads a KL autoencoder (SD, SDXL, EQ-SDXL, FLUX.1 or bundled) for the stock VAE nodes.",
+            description="Loads a KL autoencoder (SD, SDXL, EQ-SDXL, FLUX.1 or bundled) for the stock VAE "
+            "nodes.",
             search_aliases=["load vae", "autoencoder", "decode", "flowcore"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=choices(Kind.VAE),
-                    tooltip="File in models/vae, or a bundled VAE (flowcore-...). It must be the one that the model "
+                    tooltip="File in models/vae, or a bundled VAE (flowcore-...). It must be the one that "
+                    "the model "
                     "was trained with.",
                 ),
             ],

@@ -17,11 +17,16 @@ class Sigmas(io.ComfyNode):
             node_id="FlowCoreSigmas",
             display_name="FlowCore Sigmas",
             category="FlowCore/sampling",
-            description="Noise levels from 1 to 0 in equal steps, shifted; exact where stock schedulers pick from a table.",
+            description="Noise levels from 1 to 0 in equal steps, shifted; exact where stock schedulers "
+            "pick from a table.",
             search_aliases=["flow scheduler", "sigma schedule", "shift", "timesteps"],
             inputs=[
                 io.Int.Input(
-                    "steps", default=20, min=1, max=10000, tooltip="Number of sampling steps; more is slower and finer."
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="Number of sampling steps; more is slower and finer.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -29,13 +34,15 @@ class Sigmas(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the way to run, 0 to 1. Below 1 the source picture stays visible; 0 runs no step.",
+                    tooltip="Part of the way to run, 0 to 1. Below 1 the source picture stays visible; 0 "
+                    "runs no step.",
                 ),
                 io.Combo.Input(
                     "shift_by",
                     options=list(SHIFTS),
                     default="value",
-                    tooltip="'value' uses the shift below; 'flux1' and 'flux2' compute it from the picture size.",
+                    tooltip="'value' uses the shift below; 'flux1' and 'flux2' compute it from the picture "
+                    "size.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -43,13 +50,20 @@ class Sigmas(io.ComfyNode):
                     min=0.01,
                     max=100.0,
                     step=0.01,
-                    tooltip="Above 1 spends more steps at high noise (large pictures); 1 is even. Only for 'value'.",
+                    tooltip="Above 1 spends more steps at high noise (large pictures); 1 is even. Only for "
+                    "'value'.",
                 ),
                 io.Latent.Input(
-                    "latent_image", optional=True, tooltip="Latent to be sampled; its size is needed by flux1 and flux2."
+                    "latent_image",
+                    optional=True,
+                    tooltip="Latent to be sampled; its size is needed by flux1 and flux2.",
                 ),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Noise levels, steps + 1 values, the last one 0.")],
+            outputs=[
+                io.Sigmas.Output(
+                    display_name="sigmas", tooltip="Noise levels, steps + 1 values, the last one 0."
+                )
+            ],
         )
 
     @classmethod

@@ -4,7 +4,7 @@ import datetime
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def build_model(
         if name in state or name not in buffers  # a model derives a buffer that a file lacks
     }
     check_strict(expected, state, source=source, what=f"{architecture.name} model")
+    _check_floating(expected, state, source)
     for name, tensor in state.items():
         target = tensor.dtype if dtype is None else built[name].dtype
         converted = tensor if target == tensor.dtype or reread is None else reread(prefix + name)
@@ -128,6 +129,17 @@ def build_model(
     return LoadedModel(
         model=model, architecture=architecture, config=config, metadata=dict(metadata), report=report
     )
+
+
+def _check_floating(names: Collection[str], state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are whole numbers. Raises: CheckpointError."""
+    whole = [name for name in names if name in state and not state[name].is_floating_point()]
+    if whole:
+        more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
+        raise CheckpointError(
+            f"weights in {source} must be floating-point numbers, got {state[whole[0]].dtype} for {whole[0]}"
+            f"{more}; use the file before quantisation"
+        )
 
 
 def save_model(

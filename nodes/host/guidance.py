@@ -29,7 +29,7 @@ class Plan:
     interval: tuple[float, float] | None = None
 
 
-def patched(model: ModelPatcher, **changes: Any) -> ModelPatcher:  # noqa: ANN401 - fields of Plan
+def patched(model: ModelPatcher, **changes: Any) -> ModelPatcher:
     """Return a copy of the model whose plan has these changes."""
     copy = model.clone()
     copy.model_options[KEY] = replace(model.model_options.get(KEY, Plan()), **changes)

@@ -42,7 +42,8 @@ class FlowCoreLatentFormat(comfy.latent_formats.LatentFormat):
         """
         if latent.ndim != 4 or latent.shape[1] != self.spec.channels:
             raise ShapeError(
-                f"latents for this model must have {self.spec.channels} channels ({self.spec.name}), got shape "
+                f"latents for this model must have {self.spec.channels} channels ({self.spec.name}), got "
+                "shape "
                 f"{tuple(latent.shape)}; encode with the VAE that the model was trained with"
             )
         return self.spec.to_model(latent)

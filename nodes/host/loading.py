@@ -9,8 +9,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...flowcore.errors import CheckpointError, ConfigError
-from ...flowcore.weights.checkpoint import LoadedModel, load_model as read_model
+from ...flowcore.errors import ConfigError
+from ...flowcore.weights.checkpoint import LoadedModel
+from ...flowcore.weights.checkpoint import load_model as read_model
 from .latent_formats import format_of
 from .model_config import FlowCoreConfig
 
@@ -31,7 +32,9 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
     Raises: CheckpointError or ConfigError, naming the file or the setting.
     """
     if weight_dtype != "default" and weight_dtype not in _DTYPES:
-        raise ConfigError(f"weight_dtype must be default or one of {', '.join(_DTYPES)}, got {weight_dtype!r}")
+        raise ConfigError(
+            f"weight_dtype must be default or one of {', '.join(_DTYPES)}, got {weight_dtype!r}"
+        )
     with torch.inference_mode(False):
         loaded = read_model(path)  # nothing is copied: the tensors lie in the mapped file
         model_config = FlowCoreConfig(
@@ -40,21 +43,10 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
             format_of(loaded.metadata, loaded.architecture.latent_spec, path.name),
         )
         state = loaded.model.state_dict()
-        _check_floating(state, path.name)
         parameters = comfy.utils.calculate_parameters(state)
         dtype = _choose_dtype(model_config, state, parameters, weight_dtype)
         patcher = _build(model_config, state, dtype, mm.unet_inital_load_device(parameters, dtype))
     return patcher, _describe(loaded, model_config, parameters, dtype)
-
-
-def _check_floating(state: dict[str, Tensor], source: str) -> None:
-    """Refuse whole numbers. Raises: CheckpointError."""
-    whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
-    if whole:
-        raise CheckpointError(
-            f"weights in {source} must be floating-point numbers, got {state[whole[0]].dtype} for {whole[0]} "
-            f"and {len(whole) - 1} more; use the file before quantisation"
-        )
 
 
 def _choose_dtype(
@@ -75,7 +67,11 @@ def _build(
 ) -> ModelPatcher:
     """Return the model with copies of the weights: the file may be replaced while they are in use."""
     model = model_config.get_model(state, "", device=torch.device("meta"))
-    linear = {f"{name}.weight" for name, layer in model.diffusion_model.named_modules() if hasattr(layer, "in_features")}
+    linear = {
+        f"{name}.weight"
+        for name, layer in model.diffusion_model.named_modules()
+        if hasattr(layer, "in_features")
+    }
     # Eight bits are for matrices; norms, biases and rotary frequencies are small and would lose too much.
     other = (model_config.manual_cast_dtype or dtype) if dtype in _FP8 else dtype
     buffers = {name for name, _ in model.diffusion_model.named_buffers()}
@@ -96,7 +92,8 @@ def _describe(loaded: LoadedModel, model_config: FlowCoreConfig, parameters: int
     spec = model_config.latent_format.spec
     text = loaded.config.ctx_dim
     return (
-        f"{loaded.architecture.name}: {parameters / 1e6:.1f} million parameters in {str(dtype).split('.')[-1]}; "
+        f"{loaded.architecture.name}: {parameters / 1e6:.1f} million parameters in "
+        f"{str(dtype).split('.')[-1]}; "
         f"text states {'none' if text is None else f'{text} wide'}; "
         f"latents {spec.name}, {spec.channels} channels, 1/{spec.downscale}"
     )

@@ -13,7 +13,6 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...flowcore.conditioning import Conditioning
 from ...flowcore.errors import ShapeError
 from ...flowcore.layers.norm import rms_norm
 from ...flowcore.models.xut.blocks import RMSNorm
@@ -89,7 +88,7 @@ class XutNetwork(XUDiT):
 
 
 def _attention(transformer_options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Return attention by the kernel that the user chose for ComfyUI, or that an extension put in its place."""
+    """Return attention by the kernel that the user chose for ComfyUI, or that an extension brings."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         options = {"skip_reshape": True, "transformer_options": transformer_options}
@@ -135,18 +134,21 @@ class FlowCoreModel(comfy.model_base.BaseModel):
         self.memory_usage_factor_conds = ("c_crossattn",)
         self.memory_usage_shape_process = {"c_crossattn": lambda shape: [shape[0], 1, shape[1] * patch**2]}
 
-    def process_timestep(self, timestep: Tensor, **_: Any) -> Tensor:  # noqa: ANN401
+    def process_timestep(self, timestep: Tensor, **_: Any) -> Tensor:
         """Return sigma in [0, 1]: stock ModelSampling nodes bring multipliers of their own."""
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
-    def extra_conds(self, **conditions: Any) -> dict[str, comfy.conds.CONDRegular]:  # noqa: ANN401
+    def extra_conds(self, **conditions: Any) -> dict[str, comfy.conds.CONDRegular]:
         """Return what the network is given for one part of the conditioning.
 
         Raises: ShapeError or ConfigError if the conditions are not for this model.
         """
         found = super().extra_conds(**conditions)
         config = self.model_config.unet_config["config"]
-        for name in ("c_crossattn", "crossattn_controlnet"):  # they repeat short prompts, which joint attention sees
+        for name in (
+            "c_crossattn",
+            "crossattn_controlnet",
+        ):  # they repeat short prompts, which joint attention sees
             found.pop(name, None)
         context = conditions.get("cross_attn")
         if context is not None and config.ctx_dim is not None and "flowcore_class" not in conditions:
@@ -154,14 +156,14 @@ class FlowCoreModel(comfy.model_base.BaseModel):
         found.update(xut_conds.pack(conditions, config))
         return found
 
-    def extra_conds_shapes(self, **conditions: Any) -> dict[str, list[int]]:  # noqa: ANN401
+    def extra_conds_shapes(self, **conditions: Any) -> dict[str, list[int]]:
         """Return the shape of the text, which counts towards the memory estimate."""
         context = conditions.get("cross_attn")
         return {} if context is None else {"c_crossattn": list(context.shape)}
 
 
 def _text_conds(context: Tensor, mask: Tensor | None, width: int) -> dict[str, comfy.conds.CONDRegular]:
-    """Return text states and, where something is masked, their mask as whole numbers, which ComfyUI never casts."""
+    """Return text states and, where something is masked, their mask as integers, never cast."""
     if context.shape[-1] != width:
         raise ShapeError(
             f"text states for this model must be {width} wide, got {context.shape[-1]}; "

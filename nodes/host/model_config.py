@@ -50,7 +50,7 @@ class FlowCoreConfig(comfy.supported_models_base.BASE):
         """Return the model without weights."""
         return FlowCoreModel(self, network=XutNetwork, device=device)
 
-    def clip_target(self, state_dict: dict[str, Tensor] | None = None) -> None:  # noqa: ARG002
+    def clip_target(self, state_dict: dict[str, Tensor] | None = None) -> None:
         """Return nothing: text encoders have their own loader."""
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -84,13 +84,17 @@ class TextModel(nn.Module):
         return functional.normalize(states.mean(dim=1, keepdim=True), dim=-1, eps=1e-8)
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the last states, or those of the layer that CLIP Set Last Layer names, after the final norm."""
+        """Return the last states, or those of the layer that CLIP Set Last Layer names, normed."""
         if self.layer in (None, -1):
             return text_states(self.model, ids, mask)
         count = int(self.model.config.num_hidden_layers)
         if abs(self.layer) > count:
-            raise ConfigError(f"stop_at_clip_layer must lie in -{count}..-1 for this encoder, got {self.layer}")
-        output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+            raise ConfigError(
+                f"stop_at_clip_layer must lie in -{count}..-1 for this encoder, got {self.layer}"
+            )
+        output = self.model(
+            input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
+        )
         return self.model.norm(output.hidden_states[self.layer])
 
     def load_sd(self, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -106,7 +110,7 @@ class Tokenizer:
         """Take the encoder whose tokenizer is used."""
         self.encoder = encoder
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> Tokens:  # noqa: ANN401
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> Tokens:
         """Return the ids of one prompt, each with weight 1 (and word id 0 when asked for)."""
         ids, _mask = self.encoder.tokenize([text])
         unknown = self.encoder.unknown_words(text)
@@ -125,7 +129,9 @@ class Tokenizer:
             "tokenizer_json": self.encoder.tokenizer.backend_tokenizer.to_str(),
             "flowcore_metadata": json.dumps(config),
         }
-        return {key: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
+        return {
+            key: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for key, text in texts.items()
+        }
 
 
 def load_clip(path: Path, mode: str) -> comfy.sd.CLIP:
@@ -151,7 +157,7 @@ def load_clip(path: Path, mode: str) -> comfy.sd.CLIP:
 
 
 def _weight_dtype(encoder: Gemma3TextEncoder) -> torch.dtype:
-    """Return the user's choice on ComfyUI's command line, else the file's own dtype. Layers compute in float32."""
+    """Return the dtype chosen on ComfyUI's command line, else the file's. Layers compute in float32."""
     choices = ("fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc", "fp16_text_enc", "bf16_text_enc", "fp32_text_enc")
     if any(getattr(args, name, False) for name in choices):
         return mm.text_encoder_dtype(mm.text_encoder_device())

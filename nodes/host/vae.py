@@ -52,7 +52,9 @@ def load_comfy_vae(path: Path) -> comfy.sd.VAE:
     width = module.config["block_out_channels"][0] / 128
     area = spec.downscale**2
     vae.memory_used_encode = lambda shape, dtype: 1767 * shape[2] * shape[3] * mm.dtype_size(dtype) * width
-    vae.memory_used_decode = lambda shape, dtype: 2178 * shape[2] * shape[3] * area * mm.dtype_size(dtype) * width
+    vae.memory_used_decode = lambda shape, dtype: (
+        2178 * shape[2] * shape[3] * area * mm.dtype_size(dtype) * width
+    )
     vae.first_stage_model = first_stage.eval()
     vae.patcher = ModelPatcher(first_stage, load_device=vae.device, offload_device=mm.vae_offload_device())
     if hasattr(vae, "size"):
@@ -61,9 +63,10 @@ def load_comfy_vae(path: Path) -> comfy.sd.VAE:
 
 
 def _load(path: Path) -> Autoencoder:
-    """Return the autoencoder of a file. One that states no latent space has 4 channels (SD, SDXL) or 16 (FLUX.1).
+    """Return the autoencoder of a file.
 
-    Which of them does not matter here, as the latents stay raw.
+    One that states no latent space has 4 channels (SD, SDXL) or 16 (FLUX.1). Which of these it is does not
+    matter here, as the latents stay raw.
     """
     try:
         return load_vae(path, spec="sdxl", dtype=None)

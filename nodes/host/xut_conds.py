@@ -1,7 +1,7 @@
 """XUT's extras on their way through ComfyUI: from conditioning entries to the model's arguments.
 
-ComfyUI casts every floating-point tensor to the compute dtype, which can be bfloat16. What must stay exact travels
-as plain numbers (parts with different ones are not batched together) or as fixed-point integers.
+ComfyUI casts every floating-point tensor to the compute dtype, which can be bfloat16. What must stay exact
+travels as plain numbers (parts with different ones are not batched together) or as fixed-point integers.
 """
 
 import math
@@ -28,20 +28,27 @@ def pack(conditions: Mapping[str, Any], config: XUTConfig) -> dict[str, comfy.co
     Raises: ConfigError if the model lacks the layer that an extra needs.
     """
     found: dict[str, comfy.conds.CONDRegular] = {}
-    height, width = conditions["noise"].shape[-2:]  # of the whole picture, also when this part is an area of it
+    height, width = conditions["noise"].shape[
+        -2:
+    ]  # of the whole picture, also when this part is an area of it
     if config.addon_info_embs_dim == 1:
         aspect = conditions.get("flowcore_aspect", width / height)
         found["log_aspect"] = comfy.conds.CONDConstant(math.log(aspect))
     elif "flowcore_aspect" in conditions:
-        raise ConfigError("the model for XUT Aspect must take an aspect ratio, got one without; remove the node")
+        raise ConfigError(
+            "the model for XUT Aspect must take an aspect ratio, got one without; remove the node"
+        )
     camera = conditions.get("flowcore_camera", _NO_CAMERA)
     if tuple(camera) != _NO_CAMERA or conditions.get("area") is not None:
-        found["pos_map"] = comfy.conds.CONDNoiseShape(_fixed_point_map(height, width, camera, config.patch_size))
+        found["pos_map"] = comfy.conds.CONDNoiseShape(
+            _fixed_point_map(height, width, camera, config.patch_size)
+        )
     rate, seed = conditions.get("flowcore_tread", (0.0, 0))
     if rate > 0:
         if config.tread_config is None:
             raise ConfigError(
-                "the model for XUT Token Dropping must have been trained with token routing, got one without; "
+                "the model for XUT Token Dropping must have been trained with token routing, got one "
+                "without; "
                 "remove the node"
             )
         found["tread"] = comfy.conds.CONDConstant((rate, seed))
@@ -62,7 +69,9 @@ def unpack(
     if "class_ids" in extras:
         named["class_ids"] = extras["class_ids"]
     if "log_aspect" in extras:
-        named["addon_info"] = torch.full((batch, 1), extras["log_aspect"], dtype=torch.float32, device=x.device)
+        named["addon_info"] = torch.full(
+            (batch, 1), extras["log_aspect"], dtype=torch.float32, device=x.device
+        )
     if "pos_map" in extras:
         named["pos_map"] = _to_positions(extras["pos_map"], config.patch_size)
     options: dict[str, Any] = {}
@@ -77,7 +86,9 @@ def unpack(
 
 def _check_class(class_id: int, num_classes: int) -> None:
     if not 0 <= class_id < num_classes:
-        kind = f"one of the model's {num_classes} classes (0..{num_classes - 1})" if num_classes else "left out"
+        kind = (
+            f"one of the model's {num_classes} classes (0..{num_classes - 1})" if num_classes else "left out"
+        )
         raise ConfigError(f"class_id must be {kind}, got {class_id}")
 
 
@@ -92,7 +103,7 @@ def _fixed_point_map(height: int, width: int, camera: tuple[float, float, float]
 
 
 def _to_positions(fixed: Tensor, patch_size: int) -> Tensor:
-    """Return positions `b (h w) 2` in float32, grown to a multiple of the patch size as the model grows latents."""
+    """Return positions `b (h w) 2` in float32, grown to a multiple of the patch size like the latents."""
     grid = _grow(_grow(fixed.double() / _FIXED_POINT, -2, patch_size), -1, patch_size)
     return rearrange(grid.float(), "b a h w -> b (h w) a")
 

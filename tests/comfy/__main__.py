@@ -1,6 +1,6 @@
-"""`python -m tests.comfy --version V` prepares ComfyUI; `python -m tests.comfy run [WORKFLOW.json]` starts it.
+"""`python -m tests.comfy --version V` prepares ComfyUI; `... run [WORKFLOW.json]` starts it.
 
-The extension is linked into the server's custom_nodes. With a workflow in API form it is run, the files it made are
+The extension is linked into the server's custom_nodes. A workflow in API form is run, the files it made are
 printed, and the server ends; without one the server runs until Ctrl-C.
 """
 
@@ -29,13 +29,21 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.comfy", description="ComfyUI with this extension linked.")
-    parser.add_argument("--version", default=VERSION, help="tag of ComfyUI that is looked for or cloned (%(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.comfy", description="ComfyUI with this extension linked."
+    )
+    parser.add_argument(
+        "--version", default=VERSION, help="tag of ComfyUI that is looked for or cloned (%(default)s)"
+    )
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="start a server, and run a workflow if one is given")
-    run.add_argument("workflow", nargs="?", type=Path, help="workflow in API form; without it the server stays")
+    run.add_argument(
+        "workflow", nargs="?", type=Path, help="workflow in API form; without it the server stays"
+    )
     run.add_argument("--port", type=int, default=8188, help="port of a server that stays (%(default)s)")
-    run.add_argument("--base", type=Path, help="folder for models, input, output and user (default: a temporary one)")
+    run.add_argument(
+        "--base", type=Path, help="folder for models, input, output and user (default: a temporary one)"
+    )
     run.add_argument("--cpu", action="store_true", help="use no accelerator even if there is one")
     return parser
 
@@ -66,7 +74,9 @@ def _read_prompt(path: Path) -> dict | None:
     except (OSError, ValueError) as error:
         print(f"error: {path} must be a workflow in JSON, got {error}", file=sys.stderr)
         return None
-    if not isinstance(prompt, dict) or not all(isinstance(n, dict) and "class_type" in n for n in prompt.values()):
+    if not isinstance(prompt, dict) or not all(
+        isinstance(n, dict) and "class_type" in n for n in prompt.values()
+    ):
         print(f"error: {path} must be in API form; export it with 'Export (API)' in ComfyUI", file=sys.stderr)
         return None
     return prompt
@@ -96,7 +106,10 @@ def _has_accelerator(python: Path) -> bool:
     import subprocess
 
     code = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
-    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False).stdout.strip() == "True"
+    return (
+        subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+        == "True"
+    )
 
 
 if __name__ == "__main__":

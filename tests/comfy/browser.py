@@ -1,7 +1,7 @@
 """ComfyUI's real page in headless Chromium. Runs in an interpreter that has Playwright.
 
-    python browser.py drop URL WORKFLOW.json SCREENSHOT.png    drop a workflow on the page, queue it, wait for it
-    python browser.py convert URL PROMPT.json WORKFLOW.json    API form to UI form, by the page's own functions
+    drop URL WORKFLOW.json SCREENSHOT.png    drop a workflow on the page, queue it, wait for it
+    convert URL PROMPT.json WORKFLOW.json    API form to UI form, by the page's own functions
 
 Prints one JSON object.
 """
@@ -27,17 +27,24 @@ DROP = """([name, text]) => {
 }"""
 STATE = """() => ({
     nodes: app.graph.nodes.map((node) => node.type),
-    missing: app.graph.nodes.filter((node) => !(node.type in LiteGraph.registered_node_types)).map((node) => node.type),
-    alerts: [...document.querySelectorAll(".p-toast-message-error, .p-toast-message-warn")].map((e) => e.innerText),
+    missing: app.graph.nodes.map((node) => node.type)
+        .filter((type) => !(type in LiteGraph.registered_node_types)),
+    alerts: ["error", "warn"].flatMap((kind) => [...document.querySelectorAll(`.p-toast-message-${kind}`)])
+        .map((e) => e.innerText),
     dialogs: [...document.querySelectorAll(".p-dialog")].map((e) => e.innerText.slice(0, 300)),
     images: app.graph.nodes.filter((node) => node.imgs?.length).map((node) => node.type),
 })"""
 LAYOUT = {
-    "FlowCoreLoadModel": [40, 80, 340, 102], "FlowCoreLoadTextEncoder": [40, 230, 340, 82],
-    "FlowCoreLoadVAE": [40, 360, 340, 58], "CLIPTextEncode": [440, 80, 400, 150],
-    "FlowCoreEmptyLatent": [440, 480, 400, 150], "KSampler": [900, 80, 300, 550], "VAEDecode": [1260, 80, 300, 46],
-    "SaveImage": [1260, 180, 300, 450], "MarkdownNote": [40, 700, 800, 330],
-}  # fmt: skip
+    "FlowCoreLoadModel": [40, 80, 340, 102],
+    "FlowCoreLoadTextEncoder": [40, 230, 340, 82],
+    "FlowCoreLoadVAE": [40, 360, 340, 58],
+    "CLIPTextEncode": [440, 80, 400, 150],
+    "FlowCoreEmptyLatent": [440, 480, 400, 150],
+    "KSampler": [900, 80, 300, 550],
+    "VAEDecode": [1260, 80, 300, 46],
+    "SaveImage": [1260, 180, 300, 450],
+    "MarkdownNote": [40, 700, 800, 330],
+}
 GROUPS = {"Models": [20, 0, 380, 440], "Prompt and size": [420, 0, 440, 650], "Sampling": [880, 0, 700, 650]}
 BUILD = """([prompt, name, layout, groups, note]) => {
     app.loadApiJson(prompt, name);
@@ -64,7 +71,9 @@ BUILD = """([prompt, name, layout, groups, note]) => {
 
 def open_page(page: Page, url: str) -> None:
     """Open the page and wait until its node types are there."""
-    page.request.post(f"{url}/settings/Comfy.TutorialCompleted", data="true", headers={"Content-Type": "application/json"})
+    page.request.post(
+        f"{url}/settings/Comfy.TutorialCompleted", data="true", headers={"Content-Type": "application/json"}
+    )
     page.goto(url, wait_until="domcontentloaded", timeout=180_000)
     page.wait_for_function(READY, timeout=180_000)
     page.wait_for_timeout(2000)
@@ -75,13 +84,20 @@ def drop(page: Page, url: str, workflow: Path, screenshot: Path) -> dict[str, An
     open_page(page, url)
     templates = page.request.get(f"{url}/api/workflow_templates").json()
     page.evaluate(DROP, [workflow.name, workflow.read_text(encoding="utf-8")])
-    page.wait_for_function("() => app.graph.nodes.some((node) => node.type === 'FlowCoreLoadModel')", timeout=60_000)
+    page.wait_for_function(
+        "() => app.graph.nodes.some((node) => node.type === 'FlowCoreLoadModel')", timeout=60_000
+    )
     page.wait_for_timeout(1000)
     loaded = page.evaluate(STATE)
     page.evaluate("() => app.queuePrompt(0, 1)")
-    page.wait_for_function("() => app.graph.nodes.some((node) => node.type === 'SaveImage' && node.imgs?.length)", timeout=600_000)
+    page.wait_for_function(
+        "() => app.graph.nodes.some((node) => node.type === 'SaveImage' && node.imgs?.length)",
+        timeout=600_000,
+    )
     page.wait_for_timeout(1500)
-    page.evaluate("() => { app.canvas.fitViewToSelectionAnimated?.(); app.graph.setDirtyCanvas(true, true); }")
+    page.evaluate(
+        "() => { app.canvas.fitViewToSelectionAnimated?.(); app.graph.setDirtyCanvas(true, true); }"
+    )
     page.wait_for_timeout(1500)
     page.screenshot(path=str(screenshot))
     return {"templates": templates, "loaded": loaded, "finished": page.evaluate(STATE)}
@@ -112,7 +128,9 @@ def main() -> int:
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         page = chromium.new_page(viewport={"width": 1600, "height": 900})
-        result = {"drop": drop, "convert": convert}[options.action](page, options.url, options.first, options.second)
+        result = {"drop": drop, "convert": convert}[options.action](
+            page, options.url, options.first, options.second
+        )
         chromium.close()
     print(json.dumps(result))
     return 0

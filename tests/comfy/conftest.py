@@ -1,4 +1,4 @@
-"""One ComfyUI server for all tests that need one; skipped, with the reason, where ComfyUI is not to be had."""
+"""One ComfyUI server for all tests; skipped, with the reason, where ComfyUI is not to be had."""
 
 import json
 import os
@@ -39,7 +39,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("comfy")
     write_standins(folder / "models")
     yield folder
-    shutil.rmtree(folder / "custom_nodes", ignore_errors=True)  # the link, which rmtree removes without following
+    shutil.rmtree(
+        folder / "custom_nodes", ignore_errors=True
+    )  # the link, which rmtree removes without following
 
 
 @pytest.fixture(scope="session")

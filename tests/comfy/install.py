@@ -12,18 +12,29 @@ from pathlib import Path
 VERSION = "0.3.64"
 VERSIONS = ("0.3.64", "0.8.0")
 REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
-NEEDED = ("torch", "torchvision", "torchaudio", "torchsde", "aiohttp", "av", "comfyui_frontend_package", "diffusers")
+NEEDED = (
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "torchsde",
+    "aiohttp",
+    "av",
+    "comfyui_frontend_package",
+    "diffusers",
+)
 CLONE_TIMEOUT = 600
 
 
 class NotAvailableError(Exception):
-    """ComfyUI or its interpreter is neither here nor to be had; the message is the reason that tests print."""
+    """ComfyUI or its interpreter is not to be had; the message is the reason that tests print."""
 
 
 def cache_folder() -> Path:
     """Return the folder that holds ComfyUI checkouts between runs."""
     local = os.environ.get("LOCALAPPDATA")
-    return Path(local) / "flowcore" if sys.platform == "win32" and local else Path.home() / ".cache" / "flowcore"
+    return (
+        Path(local) / "flowcore" if sys.platform == "win32" and local else Path.home() / ".cache" / "flowcore"
+    )
 
 
 def find_comfyui(version: str = VERSION, *, clone: bool = True) -> Path:
@@ -54,7 +65,9 @@ def _clone(version: str, folder: Path) -> Path:
     command = ["git", "clone", "--depth", "1", "--branch", f"v{version}", REPOSITORY, str(aside)]
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=CLONE_TIMEOUT, env=environment)
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=CLONE_TIMEOUT, env=environment
+        )
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no message"]
         raise NotAvailableError(f"ComfyUI {version} could not be cloned: {detail[-1]}") from error
@@ -83,7 +96,9 @@ def _lacking(python: Path) -> list[str]:
     """Return the modules that an interpreter does not find; all when there is no interpreter."""
     code = f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])"
     try:
-        result = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            [str(python), "-c", code], check=True, capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return list(NEEDED)
     return result.stdout.split()

@@ -1,6 +1,6 @@
-"""Print the messages of ComfyUI's websocket, one JSON line each. Runs in ComfyUI's interpreter, which has aiohttp.
+"""Print the messages of ComfyUI's websocket, one JSON line each. Runs in ComfyUI's interpreter.
 
-    python listen.py URL CLIENT_ID SECONDS
+python listen.py URL CLIENT_ID SECONDS
 """
 
 import asyncio
@@ -12,13 +12,20 @@ import aiohttp
 
 
 async def listen(url: str, client: str, seconds: float) -> None:
-    """Print messages until a prompt ends or the time is over; previews as their event number and size in bytes."""
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/ws?clientId={client}") as socket:
+    """Print messages until a prompt ends or the time is over; previews as event number and size in bytes."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{url}/ws?clientId={client}") as socket,
+    ):
         end = asyncio.get_running_loop().time() + seconds
         while (left := end - asyncio.get_running_loop().time()) > 0:
             message = await socket.receive(timeout=left)
             if message.type == aiohttp.WSMsgType.BINARY:
-                entry = {"type": "binary", "event": struct.unpack(">I", message.data[:4])[0], "size": len(message.data)}
+                entry = {
+                    "type": "binary",
+                    "event": struct.unpack(">I", message.data[:4])[0],
+                    "size": len(message.data),
+                }
             elif message.type == aiohttp.WSMsgType.TEXT:
                 entry = json.loads(message.data)
             else:

@@ -12,7 +12,9 @@ from tests.comfy.server import Server
 
 
 @contextlib.contextmanager
-def listening(python: Path, server: Server, client: str, seconds: float = 60.0) -> Iterator[list[dict[str, Any]]]:
+def listening(
+    python: Path, server: Server, client: str, seconds: float = 60.0
+) -> Iterator[list[dict[str, Any]]]:
     """Give a list that holds all messages once the block has been left."""
     script = Path(__file__).with_name("listen.py")
     messages: list[dict[str, Any]] = []

@@ -176,9 +176,13 @@ def error_message(entry: dict[str, Any]) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables for ComfyUI's process: offline, and not more threads than the machine has cores."""
+    """Return the variables for ComfyUI's process: offline, and no more threads than cores."""
     own = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
-    return {**os.environ, **own, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))}
+    return {
+        **os.environ,
+        **own,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1))),
+    }
 
 
 def link_extension(base: Path) -> Path:
@@ -190,7 +194,9 @@ def link_extension(base: Path) -> Path:
     if link.exists():
         return link
     if sys.platform == "win32":
-        subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(EXTENSION)], check=True, capture_output=True)
+        subprocess.run(
+            ["cmd", "/c", "mklink", "/J", str(link), str(EXTENSION)], check=True, capture_output=True
+        )
     else:
         link.symlink_to(EXTENSION, target_is_directory=True)
     return link

@@ -14,8 +14,31 @@ from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.atomic import write_tensors
 from flowcore.weights.checkpoint import save_model
 
-MODEL, TEXT, VAE, LORA = "standin-xut.safetensors", "standin-text.safetensors", "standin-vae.safetensors", "standin-lora.safetensors"
-WORDS = "a red green blue circle square star left right of above below the on white black background".split()
+MODEL, TEXT, VAE, LORA = (
+    "standin-xut.safetensors",
+    "standin-text.safetensors",
+    "standin-vae.safetensors",
+    "standin-lora.safetensors",
+)
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "star",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    "the",
+    "on",
+    "white",
+    "black",
+    "background",
+]
 WIDTH = 32
 CONFIG = XUTConfig(
     input_dim=16, dim=64, ctx_dim=WIDTH, ctx_size=8, heads=4, dim_head=16, mlp_dim=96, depth=2, dec_blocks=1
@@ -27,7 +50,12 @@ SPEC = LatentSpec(
     mean=tuple(0.1 * i for i in range(16)),
     std=tuple(1 + 0.1 * i for i in range(16)),
 )
-LORA_TARGETS = ("backbone.enc_blocks.0.0.attn.qkv", "backbone.dec_blocks.1.0.mlp.w3", "ctx_proj", "in_patch.proj")
+LORA_TARGETS = (
+    "backbone.enc_blocks.0.0.attn.qkv",
+    "backbone.dec_blocks.1.0.mlp.w3",
+    "ctx_proj",
+    "in_patch.proj",
+)
 
 
 def write_standins(models: Path) -> None:
@@ -46,7 +74,9 @@ def write_model(path: Path, *, seed: int = 1, config: XUTConfig = CONFIG) -> Non
     metadata = {
         "flowcore.latents_mean": _json(SPEC.mean),
         "flowcore.latents_std": _json(SPEC.std),
-        "flowcore.latent_rgb_factors": _json([[0.1 * (i % 3), 0.05, -0.02 * i] for i in range(SPEC.channels)]),
+        "flowcore.latent_rgb_factors": _json(
+            [[0.1 * (i % 3), 0.05, -0.02 * i] for i in range(SPEC.channels)]
+        ),
         "flowcore.latent_rgb_bias": "[0.0, 0.1, -0.1]",
         "flowcore.text_encoder": TEXT,
         "flowcore.vae": VAE,
@@ -61,7 +91,8 @@ def write_text(path: Path) -> None:
     config = {
         "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16,
-        "max_position_embeddings": 128, "sliding_window": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        "max_position_embeddings": 128, "sliding_window": 64, "pad_token_id": 0, "eos_token_id": 1,
+        "bos_token_id": 2,
     }  # fmt: skip
     torch.manual_seed(2)
     save_text_encoder(path, build_text_model(config), tokenizer)
@@ -86,8 +117,12 @@ def write_lora(path: Path, rank: int = 2) -> None:
     for target in LORA_TARGETS:
         rows, columns, *kernel = shapes[f"{target}.weight"]
         one = [1] * len(kernel)
-        tensors[f"diffusion_model.{target}.lora_A.weight"] = torch.randn(rank, columns, *kernel, generator=generator) * 0.3
-        tensors[f"diffusion_model.{target}.lora_B.weight"] = torch.randn(rows, rank, *one, generator=generator) * 0.3
+        tensors[f"diffusion_model.{target}.lora_A.weight"] = (
+            torch.randn(rank, columns, *kernel, generator=generator) * 0.3
+        )
+        tensors[f"diffusion_model.{target}.lora_B.weight"] = (
+            torch.randn(rows, rank, *one, generator=generator) * 0.3
+        )
         tensors[f"diffusion_model.{target}.alpha"] = torch.tensor(float(rank))
     norm = "backbone.enc_blocks.0.0.attn_pre_norm.norm"
     tensors[f"diffusion_model.{norm}.diff"] = torch.randn(shapes[f"{norm}.weight"], generator=generator) * 0.1

@@ -41,28 +41,38 @@ def _metadata(models: Path, path: Path, config: str) -> None:
     save_file(load_file(models / "diffusion_models" / MODEL), path, {"flowcore.config": config})
 
 
+def _copy(folder: str, file: str) -> Writer:
+    return lambda models, path: path.write_bytes((models / folder / file).read_bytes())
+
+
+INCOMPLETE = "must be a complete safetensors file"
+ABSURD = '{"ctx_size": -3, "residual": "none"}'
 MODELS: dict[str, tuple[Writer, str]] = {
-    "empty": (lambda _, path: path.write_bytes(b""), "must be a complete safetensors file"),
+    "empty": (lambda _, path: path.write_bytes(b""), INCOMPLETE),
     "web_page": (lambda _, path: path.write_text("<!DOCTYPE html><html></html>"), "got a web page"),
-    "random": (lambda _, path: path.write_bytes(bytes(range(256)) * 40), "must be a complete safetensors file"),
-    "huge_header": (lambda _, path: path.write_bytes(_header(2**62) + b"{}"), "must be a complete safetensors file"),
-    "broken_header": (lambda _, path: path.write_bytes(_header(8) + b"{\"a\": 1 "), "must be a complete safetensors file"),
-    "truncated": (_half, "must be a complete safetensors file"),
-    "text_encoder": (lambda models, path: path.write_bytes((models / "text_encoders" / TEXT).read_bytes()), "a text encoder"),
-    "vae": (lambda models, path: path.write_bytes((models / "vae" / VAE).read_bytes()), "a VAE"),
+    "random": (lambda _, path: path.write_bytes(bytes(range(256)) * 40), INCOMPLETE),
+    "huge_header": (lambda _, path: path.write_bytes(_header(2**62) + b"{}"), INCOMPLETE),
+    "broken_header": (lambda _, path: path.write_bytes(_header(8) + b'{"a": 1 '), INCOMPLETE),
+    "truncated": (_half, INCOMPLETE),
+    "text_encoder": (_copy("text_encoders", TEXT), "a text encoder"),
+    "vae": (_copy("vae", VAE), "a VAE"),
     "adapter": (lambda _, path: write_lora(path), "load it as a LoRA"),
     "one_scalar": (lambda _, path: save_file({"x": torch.tensor(1.0)}, path), "must be those of a xut model"),
-    "missing_tensor": (lambda models, path: _without(models, path, "out_patch.proj.bias"), r"1 missing \(out_patch.proj.bias\)"),
+    "missing_tensor": (
+        lambda models, path: _without(models, path, "out_patch.proj.bias"),
+        r"1 missing \(out_patch.proj.bias\)",
+    ),
     "wrong_shape": (
         lambda models, path: _with(models, path, lambda name, t: t[:-1] if name == "ctx_proj.bias" else t),
         r"ctx_proj.bias \(63,\) instead of \(64,\)",
     ),
     "whole_numbers": (
-        lambda models, path: _with(models, path, lambda _, t: t.to(torch.int8)), "must be floating-point numbers, got torch.int8",
+        lambda models, path: _with(models, path, lambda _, t: t.to(torch.int8)),
+        "must be floating-point numbers, got torch.int8",
     ),
-    "absurd_metadata": (lambda models, path: _metadata(models, path, '{"ctx_size": -3, "residual": "none"}'), "residual must be one of"),
+    "absurd_metadata": (lambda models, path: _metadata(models, path, ABSURD), "residual must be one of"),
     "broken_metadata": (lambda models, path: _metadata(models, path, "{"), "flowcore.config must be JSON"),
-}  # fmt: skip
+}
 
 
 def one_line(error: pytest.ExceptionInfo[ServerError]) -> str:
@@ -73,7 +83,9 @@ def one_line(error: pytest.ExceptionInfo[ServerError]) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_bad_model_is_named_in_one_sentence(server: Server, base: Path, prompt: dict[str, Any], name: str) -> None:
+def test_a_bad_model_is_named_in_one_sentence(
+    server: Server, base: Path, prompt: dict[str, Any], name: str
+) -> None:
     import re
 
     server.run(prompt)
@@ -110,7 +122,10 @@ def test_bad_text_encoders_and_vaes_are_named(server: Server, base: Path, prompt
     models = base / "models"
     (models / "text_encoders" / "bad.safetensors").write_bytes((models / "vae" / VAE).read_bytes())
     (models / "vae" / "bad.safetensors").write_bytes((models / "text_encoders" / TEXT).read_bytes())
-    for node, label, expected in (("2", "clip_name", "bad.safetensors must (hold|come)"), ("3", "vae_name", "bad.safetensors must hold a KL")):
+    for node, label, expected in (
+        ("2", "clip_name", "bad.safetensors must (hold|come)"),
+        ("3", "vae_name", "bad.safetensors must hold a KL"),
+    ):
         bad = copy.deepcopy(prompt)
         bad[node]["inputs"][label] = "bad.safetensors"
         with pytest.raises(ServerError, match=expected) as error:
@@ -118,8 +133,12 @@ def test_bad_text_encoders_and_vaes_are_named(server: Server, base: Path, prompt
         one_line(error)
 
 
-@pytest.mark.parametrize("name", ["absent.safetensors", "../../../secret.safetensors", "flowcore-scenes-vae.safetensors"])
-def test_an_absent_file_is_refused_before_anything_runs(server: Server, prompt: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["absent.safetensors", "../../../secret.safetensors", "flowcore-scenes-vae.safetensors"]
+)
+def test_an_absent_file_is_refused_before_anything_runs(
+    server: Server, prompt: dict[str, Any], name: str
+) -> None:
     prompt["1"]["inputs"]["model_name"] = name
     with pytest.raises(ServerError) as error:
         server.run(prompt)
@@ -129,7 +148,9 @@ def test_an_absent_file_is_refused_before_anything_runs(server: Server, prompt: 
     assert server.is_alive()
 
 
-def test_parts_that_do_not_fit_each_other_are_named(server: Server, base: Path, prompt: dict[str, Any]) -> None:
+def test_parts_that_do_not_fit_each_other_are_named(
+    server: Server, base: Path, prompt: dict[str, Any]
+) -> None:
     from dataclasses import replace
 
     from tests.comfy.standins import write_model
@@ -138,15 +159,22 @@ def test_parts_that_do_not_fit_each_other_are_named(server: Server, base: Path, 
     write_model(path, config=replace(CONFIG, ctx_dim=48))
     wide = copy.deepcopy(prompt)
     wide["1"]["inputs"]["model_name"] = path.name
-    with pytest.raises(ServerError, match="text states for this model must be 48 wide, got 32; load the text encoder") as error:
+    with pytest.raises(
+        ServerError, match="text states for this model must be 48 wide, got 32; load the text encoder"
+    ) as error:
         server.run(wide)
     one_line(error)
-    prompt["6"] = {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 128, "batch_size": 1, "color": 65280}}
+    prompt["6"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 128, "height": 128, "batch_size": 1, "color": 65280},
+    }
     prompt["41"] = {"class_type": "FlowCoreLoadVAE", "inputs": {"vae_name": "four.safetensors"}}
     prompt["42"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["6", 0], "vae": ["41", 0]}}
     prompt["7"]["inputs"]["latent_image"] = ["42", 0]
     _write_four_channels(base / "models" / "vae" / "four.safetensors")
-    with pytest.raises(ServerError, match=r"latents for this model must have 16 channels .*encode with the VAE") as error:
+    with pytest.raises(
+        ServerError, match=r"latents for this model must have 16 channels .*encode with the VAE"
+    ) as error:
         server.run(prompt)
     one_line(error)
 

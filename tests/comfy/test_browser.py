@@ -21,8 +21,10 @@ pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "workflows" / "xut_text_to_image.json"
 BUNDLED = {
-    "xut-demo": ("diffusion_models", MODEL), "scenes-text": ("text_encoders", TEXT), "scenes-vae": ("vae", VAE),
-}  # fmt: skip
+    "xut-demo": ("diffusion_models", MODEL),
+    "scenes-text": ("text_encoders", TEXT),
+    "scenes-vae": ("vae", VAE),
+}
 
 
 @pytest.fixture
@@ -30,7 +32,12 @@ def playwright_python(comfyui_python: Path) -> Path:
     if not any(shutil.which(name) for name in BROWSERS):
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
     for python in (Path(sys.executable), comfyui_python):
-        if subprocess.run([str(python), "-c", "import playwright"], capture_output=True, check=False).returncode == 0:
+        if (
+            subprocess.run(
+                [str(python), "-c", "import playwright"], capture_output=True, check=False
+            ).returncode
+            == 0
+        ):
             return python
     pytest.skip("no interpreter has Playwright: pip install playwright")
 
@@ -49,8 +56,9 @@ def bundled_names(base: Path) -> Iterator[None]:
         target.unlink()
 
 
+@pytest.mark.usefixtures("bundled_names")
 def test_the_workflow_runs_when_dropped_on_the_page(
-    server: Server, playwright_python: Path, bundled_names: None, tmp_path: Path  # noqa: ARG001
+    server: Server, playwright_python: Path, tmp_path: Path
 ) -> None:
     screenshot = Path(os.environ.get("FLOWCORE_SCREENSHOT", tmp_path / "page.png"))
     script = Path(__file__).with_name("browser.py")
@@ -82,6 +90,10 @@ def test_the_workflow_is_the_api_prompt(prompt: dict[str, Any]) -> None:
                 (ROOT / "tests/comfy/api/xut_text_to_image.md").read_text(encoding="utf-8")
             ]
         else:
-            widgets = [value for value in api[str(node["id"])]["inputs"].values() if not isinstance(value, list)]
+            widgets = [
+                value for value in api[str(node["id"])]["inputs"].values() if not isinstance(value, list)
+            ]
             kept = [value for value in node.get("widgets_values") or [] if value != "randomize"]
-            assert sorted(map(str, kept)) == sorted(str(int(v)) if v in (1.0, 3.0) else str(v) for v in widgets)
+            assert sorted(map(str, kept)) == sorted(
+                str(int(v)) if v in (1.0, 3.0) else str(v) for v in widgets
+            )

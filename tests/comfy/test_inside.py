@@ -1,4 +1,4 @@
-"""Runs the checks of `inside/` in one ComfyUI process, and measures what the extension adds to ComfyUI's start."""
+"""The checks of `inside/` in one ComfyUI process, and what the extension adds to ComfyUI's start."""
 
 import json
 import re
@@ -12,10 +12,18 @@ from tests.comfy.server import environment, link_extension
 pytestmark = pytest.mark.comfy
 INSIDE = Path(__file__).with_name("inside")
 START_LIMIT = 0.15
-NAMES = re.findall(r"^def (\w+)\(context: Context\)", (INSIDE / "checks.py").read_text(encoding="utf-8"), re.MULTILINE)
+NAMES = [
+    name
+    for file in ("gpu_checks.py", "checks.py")
+    for name in re.findall(
+        r"^def (\w+)\(context: Context\)", (INSIDE / file).read_text("utf-8"), re.MULTILINE
+    )
+]
 
 
-def run_inside(comfyui: Path, python: Path, base: Path, *flags: str, before: tuple[str, ...] = ()) -> tuple[dict, str]:
+def run_inside(
+    comfyui: Path, python: Path, base: Path, *flags: str, before: tuple[str, ...] = ()
+) -> tuple[dict, str]:
     link = link_extension(base)
     command = [str(python), *before, str(INSIDE), str(comfyui), str(base), "--link", str(link), *flags]
     result = subprocess.run(
@@ -42,7 +50,11 @@ def test_the_extension_costs_little_at_start(comfyui: Path, comfyui_python: Path
         part = log.split("-- extension starts here --")[1].split("-- extension ends here --")[0]
         imported = sum(int(microseconds) for microseconds in re.findall(r"import time:\s+(\d+) \|", part))
         seconds.append(imported / 1e6)
-        heavy = [name for name in found["modules"] if name.split(".")[0] in ("transformers", "diffusers", "peft", "pydantic")]
+        heavy = [
+            name
+            for name in found["modules"]
+            if name.split(".")[0] in ("transformers", "diffusers", "peft", "pydantic")
+        ]
         assert not heavy, heavy[:5]
         if seconds[-1] < START_LIMIT:
             return

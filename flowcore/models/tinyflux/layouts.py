@@ -49,14 +49,13 @@ def version_3_to_current(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: t for key, t in without_idle(renamed).items() if not key.startswith("guidance_in.")}
 
 
-def current_to_version_3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def current_to_version_3(tensors: Mapping[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
     """Return the tensors as version 3 names and shapes them: the inverse of `version_3_to_current`.
 
     Raises: CheckpointError if the model has parts that version 3 does not know.
     """
-    later = sorted({key.split(".")[0] for key in tensors if key.startswith(("sol_prior.", "t5_pool."))})
-    if later:
-        raise CheckpointError(f"a TinyFlux 3 model must be without {' and '.join(later)}, got a later model")
+    if config.use_sol_prior or config.use_t5_vec:
+        raise CheckpointError("a TinyFlux 3 model must be without Sol and T5 vector, got a later model")
     renamed = {key.replace(_LUNE, _OLD_LUNE, 1): tensor for key, tensor in tensors.items()}
     gate = f"{_OLD_LUNE}expert_gate"
     if gate in renamed:

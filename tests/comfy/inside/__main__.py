@@ -14,20 +14,22 @@ from types import ModuleType
 
 
 def start_comfyui(comfyui: Path, base: Path) -> None:
-    """Import ComfyUI's parts in the order in which it does, without its command line and without an accelerator."""
+    """Import ComfyUI's parts in its own order, without its command line and without an accelerator."""
     sys.path.insert(0, str(comfyui))
-    import comfy.options  # noqa: F401 - importing it leaves argument parsing off
+    import comfy.options
     from comfy.cli_args import args
 
     args.cpu = True
     args.use_pytorch_cross_attention = True  # as on accelerators; the server's tests use the CPU's default
     args.base_directory = str(base)
-    import utils.extra_config  # noqa: F401 - before nodes, whose path hides this package
-    import folder_paths  # noqa: F401
-    import nodes  # noqa: F401
-    import server  # noqa: F401
     import comfy.sd  # noqa: F401
     import comfy_api.latest  # noqa: F401
+    import comfy_config.config_parser  # noqa: F401 - ComfyUI's own nodes have it loaded by then
+    import folder_paths  # noqa: F401
+    import server  # noqa: F401
+    import utils.extra_config  # noqa: F401 - before nodes, whose path hides this package
+
+    import nodes  # noqa: F401
 
 
 def load_extension(link: Path) -> tuple[ModuleType, float]:
@@ -58,7 +60,8 @@ def main() -> int:
     if options.only_import:
         print(json.dumps({"seconds": seconds, "modules": added}))
         return 0
-    from checks import CHECKS, Context
+    from checks import CHECKS
+    from context import Context
 
     context = Context(extension, options.base)
     results: dict[str, str | None] = {}

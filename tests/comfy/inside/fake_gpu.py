@@ -1,7 +1,7 @@
-"""Pretend that there is a GPU: weights and inputs become fakes on `cuda:0`, and wrong devices and dtypes raise.
+"""Pretend that there is a GPU: weights and inputs become fakes on `cuda:0`; wrong devices and dtypes raise.
 
-ComfyUI moves the weights with its own code, by a budget of bytes; what does not fit stays on the CPU and must be
-brought to its input when it is used.
+ComfyUI moves the weights with its own code, by a budget of bytes; what does not fit stays on the CPU and must
+be brought to its input when it is used.
 """
 
 import contextlib
@@ -47,25 +47,25 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
     return module
 
 
-def _free_memory(device: torch.device | None = None, torch_free_too: bool = False) -> int | tuple[int, int]:  # noqa: ARG001
+def _free_memory(_device: object = None, torch_free_too: bool = False) -> int | tuple[int, int]:
     return (8 << 30, 8 << 30) if torch_free_too else 8 << 30
 
 
 @contextlib.contextmanager
 def on_fake_gpu(patcher: ModelPatcher, budget: float) -> Iterator[FakeTensorMode]:
-    """Load a patcher's model with a share of its size as the budget (0 = no limit); inside, everything is fake."""
+    """Load a patcher's model with a share of its size as budget (0 = all of it); inside, all is fake."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memory = int(patcher.model_size() * budget) if budget in (0.0, 0.5) else 1
     patches = [
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(mm, "get_free_memory", _free_memory),
-        mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
+        mock.patch.object(torch.cuda, "synchronize"),
         mock.patch.object(patcher, "load_device", GPU),
     ]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for patch in patches:
             stack.enter_context(patch)
-        _apply(patcher.model, lambda tensor: mode.from_tensor(tensor))
+        _apply(patcher.model, mode.from_tensor)
         stack.enter_context(mode)
         stack.enter_context(SameDevice())
         patcher.patch_model(GPU, lowvram_model_memory=memory)
