@@ -82,7 +82,8 @@ def lune_loss(
     Raises:
         ConfigError: the mode is unknown.
     """
-    guess, truth = predicted.float(), target.float()
+    guess = predicted.float()
+    truth = _filled(target.float(), guess, present)
     if mode == "cosine":
         samples = 1 - functional.cosine_similarity(guess, truth, dim=-1)
     elif mode == "huber":
@@ -106,10 +107,17 @@ def sol_loss(
     Shapes: statistics `b 3` and maps `b s s`, in pairs as part_weights; present as in `lune_loss`.
     """
     losses = [
-        weight * (guess.float() - truth.float()).square().flatten(1).mean(dim=1)
+        weight * (guess.float() - _filled(truth.float(), guess, present)).square().flatten(1).mean(dim=1)
         for weight, guess, truth in zip(part_weights, predicted, target, strict=True)
     ]
     return _mean_of(losses[0] + losses[1], present)
+
+
+def _filled(target: Tensor, predicted: Tensor, present: Tensor | None) -> Tensor:
+    """The target, with the prediction in the place of what is absent, which may hold anything."""
+    if present is None:
+        return target
+    return torch.where(present.reshape(-1, *[1] * (target.ndim - 1)), target, predicted.detach().float())
 
 
 def _mean_of(samples: Tensor, present: Tensor | None) -> Tensor:

@@ -250,7 +250,11 @@ def read_config(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Tin
         "pooled_projection_dim": reader.shape("vector_in.1.weight", axes=2)[1],
         "num_double_layers": 1 + max(reader.indices("double_blocks.")),
         "num_single_layers": 1 + max(reader.indices("single_blocks.")),
-        "mlp_ratio": _mlp_ratio(reader.shape("single_blocks.0.mlp.fc1.weight", axes=2)[0], hidden_size),
+        "mlp_ratio": _mlp_ratio(
+            reader.shape("single_blocks.0.mlp.fc1.weight", axes=2)[0],
+            hidden_size,
+            stored.get("mlp_ratio", 4.0),
+        ),
         "axes_dims_rope": axes,
         "use_lune_expert": _has(tensors, "lune_predictor."),
         "use_sol_prior": _has(tensors, "sol_prior."),
@@ -288,8 +292,10 @@ def _check_heads(reader: TensorReader, heads: int) -> None:
         )
 
 
-def _mlp_ratio(mlp_dim: int, hidden_size: int) -> float:
-    """Return the ratio that gives the width under the reference's rounding down."""
+def _mlp_ratio(mlp_dim: int, hidden_size: int, stated: float) -> float:
+    """Return the ratio that gives the width under the reference's rounding down, stated if it does."""
+    if int(hidden_size * stated) == mlp_dim:
+        return stated
     ratio = mlp_dim / hidden_size
     return ratio if int(hidden_size * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 

@@ -252,11 +252,12 @@ def native_to_standard(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         path, side = _path_of(key)
         if path is not None:
             pairs.setdefault(path, {}).setdefault(side, []).append(key)
-    found = {key: tensor for key, tensor in tensors.items() if _path_of(key)[0] is None}
-    scales = _scales(pairs, metadata) if pairs else {}
     for path, sides in pairs.items():
         if len(sides.get("A", ())) != len(sides.get("B", ())):
             raise CheckpointError(f"the LoRA of {path} must have as many lora_A as lora_B, got {sides}")
+    found = {key: tensor for key, tensor in tensors.items() if _path_of(key)[0] is None}
+    scales = _scales(pairs, metadata) if pairs else {}
+    for path, sides in pairs.items():
         down = torch.cat([tensors[key] for key in sides["A"]], dim=0)
         name = f"diffusion_model.{path}"
         found[f"{name}.lora_A.weight"] = down
