@@ -22,14 +22,14 @@ def start_comfyui(comfyui: Path, base: Path) -> None:
     args.cpu = True
     args.use_pytorch_cross_attention = True  # as on accelerators; the server's tests use the CPU's default
     args.base_directory = str(base)
+    # utils comes before nodes, whose path hides that package: hence no sorting here
+    import utils.extra_config  # noqa: F401
+    import folder_paths  # noqa: F401
+    import nodes  # noqa: F401
+    import server  # noqa: F401
     import comfy.sd  # noqa: F401
     import comfy_api.latest  # noqa: F401
     import comfy_config.config_parser  # noqa: F401 - ComfyUI's own nodes have it loaded by then
-    import folder_paths  # noqa: F401
-    import server  # noqa: F401
-    import utils.extra_config  # noqa: F401 - before nodes, whose path hides this package
-
-    import nodes  # noqa: F401
 
 
 def load_extension(link: Path) -> tuple[ModuleType, float]:
