@@ -13,17 +13,20 @@ from . import __version__
 from .assets import resolve
 from .conditioning import Conditioning, cat
 from .devices import find_device, find_dtype
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 from .flow.guidance import guided_pair
 from .flow.masking import masked_velocity, noise_to_strength, restore_kept
 from .flow.path import VelocityFn
 from .flow.solvers import SOLVERS
 from .flow.steps import NoiseFn, StepCallback
 from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_images
+from .parts import load_model_vae, part_source, text_mode_of
 from .settings import Settings
 from .text.gemma3 import TextMode, load_text_encoder
-from .vae.autoencoder import Autoencoder, load_vae
+from .vae.autoencoder import Autoencoder
 from .weights.checkpoint import LoadedModel, load_model
+
+__all__ = ["Pipeline", "Settings", "TextEncoder", "draw_noise", "generate", "step_noise"]
 
 DEFAULT_MODEL = "xut-demo"
 FALLBACK_SIDE = 512
@@ -96,12 +99,12 @@ class Pipeline:
         loaded = load_model(path, device=place, dtype=kind)
         sources = {"model": str(model)}
         for part, given in (("vae", vae), ("text_encoder", text_encoder)):
-            sources[part] = _part_source(part, given, loaded.metadata, path)
+            sources[part] = part_source(part, given, loaded.metadata, path)
         return cls(
             model=loaded,
             text_encoder=load_text_encoder(sources["text_encoder"], device=place),
-            vae=load_vae(sources["vae"], spec=loaded.architecture.latent_spec, device=place),
-            text_mode=_text_mode(text_mode or loaded.metadata.get("flowcore.text_mode", "sequence")),
+            vae=load_model_vae(sources["vae"], loaded, path.name, place),
+            text_mode=text_mode_of(text_mode or loaded.metadata.get("flowcore.text_mode", "sequence")),
             sources=sources,
         )
 
@@ -356,29 +359,6 @@ def step_noise(generators: Sequence[torch.Generator]) -> NoiseFn:
         return draw_noise(generators, tuple(like.shape[1:])).to(like)
 
     return noise
-
-
-_TEXT_MODES: dict[str, TextMode] = {"sequence": "sequence", "pooled": "pooled"}
-
-
-def _text_mode(name: str) -> TextMode:
-    """Return the text mode of a name; ConfigError if there is none."""
-    if name in _TEXT_MODES:
-        return _TEXT_MODES[name]
-    raise ConfigError(f"the text mode must be sequence or pooled, got {name!r}; pass text_mode (--text-mode)")
-
-
-def _part_source(part: str, given: Source | None, metadata: Mapping[str, str], model: Path) -> str:
-    """Return where a part of the pipeline is: the argument, else what the model file names."""
-    source = given if given is not None else metadata.get(f"flowcore.{part}")
-    if source is None:
-        option = f"--{part.replace('_', '-')}"
-        raise CheckpointError(
-            f"{model.name} must name its {part} in the metadata flowcore.{part}, got none; "
-            f"pass one with {part}= ({option})"
-        )
-    beside = model.parent / source
-    return str(beside if given is None and beside.exists() else source)
 
 
 def _check_request(

@@ -13,9 +13,9 @@ from training.scenes.scene import ObjectCount
 from training.stop import StopFlag
 
 CONFIGS = Path(__file__).parent / "configs"
-TRAIN_COUNT, HELD_OUT_COUNT = 16000, 256
+TRAIN_COUNT, HELD_OUT_COUNT = 8000, 256
 SHORT_MINUTES = 30
-"""Runs below this draw a quarter of the scenes: they see each a few times only."""
+"""Runs below this draw half of the scenes: they see each a few times only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     stop.listen()
     out: Path = arguments.out
     is_short = arguments.minutes is not None and arguments.minutes < SHORT_MINUTES
-    write_scenes(out / "scenes", TRAIN_COUNT // 4 if is_short else TRAIN_COUNT)
+    write_scenes(out / "scenes", TRAIN_COUNT // 2 if is_short else TRAIN_COUNT)
     from training import demo_parts
 
     make = getattr(demo_parts, f"make_{arguments.part}")

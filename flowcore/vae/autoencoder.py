@@ -4,7 +4,7 @@ The network is diffusers' AutoencoderKL; importing this file imports diffusers.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from ..weights.checkpoint import read_tensors
 from ..weights.strict import assign_strict
 from .config import checked_config, infer_config
 from .keys import find_prefix, to_diffusers
-from .latent_spec import LATENT_SPECS, LatentSpec, scaled_spec, spec_from_statistics
+from .latent_spec import (
+    LATENT_SPECS,
+    LatentSpec,
+    scaled_spec,
+    spec_from_metadata,
+    spec_from_statistics,
+)
 
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -127,15 +133,18 @@ def load_vae(
     path = resolve(path_or_name)
     tensors, metadata, stated = _read(path)
     prefix = find_prefix(tensors, source=path.name)
-    statistics = _tensor_statistics(tensors, prefix)
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     state = to_diffusers({name: own[name] for name in own if name not in ("vae_mean", "vae_std")})
     config = checked_config(stated, source=path.name) if stated else infer_config(state, source=path.name)
     module = build_autoencoder(config, device="meta")
     assign_strict(module, state, source=path.name, what="AutoencoderKL")
-    if statistics is None:
-        statistics = _stated_statistics(metadata, config)
-    found = _find_spec(path.name, config, statistics, metadata.get("flowcore.latent_spec"), spec)
+    side = _downscale(config)
+    found = (
+        _tensor_spec(tensors, prefix)
+        or spec_from_metadata(metadata, source=path.name, downscale=side)
+        or _config_spec(config, side)
+        or _given_spec(spec, module.config["latent_channels"], path.name)
+    )
     return Autoencoder(module, found).to(device, dtype)
 
 
@@ -192,50 +201,34 @@ def _json(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-_Statistics = tuple[Sequence[float], Sequence[float]]
-
-
-def _tensor_statistics(tensors: Mapping[str, Tensor], prefix: str) -> _Statistics | None:
-    """Return mean and std stored as tensors: single-file EQ checkpoints hold `vae_mean` and `vae_std`."""
+def _tensor_spec(tensors: Mapping[str, Tensor], prefix: str) -> LatentSpec | None:
+    """Return the space stored as tensors: single-file EQ checkpoints hold `vae_mean` and `vae_std`."""
     for start in ("", prefix):
         if f"{start}vae_mean" in tensors and f"{start}vae_std" in tensors:
             mean, std = (tensors[f"{start}vae_{part}"].float().flatten().tolist() for part in ("mean", "std"))
-            return mean, std
+            return spec_from_statistics(mean, std)
     return None
 
 
-def _stated_statistics(metadata: Mapping[str, str], config: Mapping[str, Any]) -> _Statistics | None:
-    """Return mean and std of the metadata, or of the settings."""
-    if "flowcore.latents_mean" in metadata and "flowcore.latents_std" in metadata:
-        return json.loads(metadata["flowcore.latents_mean"]), json.loads(metadata["flowcore.latents_std"])
+def _config_spec(config: Mapping[str, Any], downscale: int) -> LatentSpec | None:
+    """Return the space that the settings state, as the files of diffusers do."""
     if config.get("latents_mean") and config.get("latents_std"):
-        return config["latents_mean"], config["latents_std"]
+        return spec_from_statistics(config["latents_mean"], config["latents_std"], downscale=downscale)
     if "scaling_factor" not in config:
         return None
-    scaled = scaled_spec(
-        "custom",
-        channels=int(config.get("latent_channels", 4)),
-        scale=config["scaling_factor"],
-        shift=config.get("shift_factor") or 0.0,
-    )
-    return scaled.mean, scaled.std
+    shift = config.get("shift_factor") or 0.0
+    channels = int(config.get("latent_channels", 4))
+    scaled = scaled_spec("custom", channels=channels, scale=config["scaling_factor"], shift=shift)
+    return spec_from_statistics(scaled.mean, scaled.std, downscale=downscale)
 
 
-def _find_spec(
-    source: str,
-    config: Mapping[str, Any],
-    statistics: _Statistics | None,
-    name: str | None,
-    given: str | LatentSpec | None,
-) -> LatentSpec:
-    """Return the latent space: the file's own statistics, else the given one."""
-    if statistics is not None:
-        return spec_from_statistics(*statistics, name=name or "custom", downscale=_downscale(config))
+def _given_spec(given: str | LatentSpec | None, channels: int, source: str) -> LatentSpec:
+    """Return the space that the caller names; ConfigError if there is none."""
     if isinstance(given, LatentSpec):
         return given
     if given in LATENT_SPECS:
         return LATENT_SPECS[given]
-    fitting = [s.name for s in LATENT_SPECS.values() if s.channels == config["latent_channels"]]
+    fitting = [spec.name for spec in LATENT_SPECS.values() if spec.channels == channels]
     raise ConfigError(
         f"the latent space of {source} must be named, as the file does not state it, got {given}; "
         f"pass spec= as one of {', '.join(fitting)}"

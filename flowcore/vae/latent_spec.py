@@ -3,13 +3,14 @@
 Raw latents are what an autoencoder's encoder puts out; model-space latents are what the diffusion models see.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError
+from ..errors import CheckpointError, ConfigError, ShapeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,40 @@ def spec_from_statistics(
         if spec.downscale == downscale and _is_close(spec.mean, mean) and _is_close(spec.std, std):
             return spec
     return LatentSpec(name=name, channels=len(mean), downscale=downscale, mean=tuple(mean), std=tuple(std))
+
+
+def spec_from_metadata(metadata: Mapping[str, str], *, source: str, downscale: int = 8) -> LatentSpec | None:
+    """Return the latent space that a file's metadata states, None if it states none.
+
+    `flowcore.latents_mean` and `flowcore.latents_std` are JSON lists with a value for each channel;
+    `flowcore.latent_spec` names the space, which without them must be a known one.
+    Raises: CheckpointError if what the file states cannot be read.
+    """
+    name = metadata.get("flowcore.latent_spec")
+    mean, std = (_numbers(metadata, f"flowcore.latents_{part}", source) for part in ("mean", "std"))
+    if mean is not None and std is not None:
+        return spec_from_statistics(mean, std, name=name or "custom", downscale=downscale)
+    if name is None:
+        return None
+    if name not in LATENT_SPECS:
+        raise CheckpointError(
+            f"flowcore.latent_spec in {source} must be one of {', '.join(LATENT_SPECS)}, or come with "
+            f"flowcore.latents_mean and flowcore.latents_std, got {name!r}"
+        )
+    return LATENT_SPECS[name]
+
+
+def _numbers(metadata: Mapping[str, str], key: str, source: str) -> list[float] | None:
+    """Return the list of numbers under a key, None if there is none."""
+    if key not in metadata:
+        return None
+    try:
+        values = json.loads(metadata[key])
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise CheckpointError(f"{key} in {source} must be a JSON list of numbers, got {metadata[key][:40]!r}")
+    return [float(value) for value in values]
 
 
 def _is_close(exact: Sequence[float], stored: Sequence[float]) -> bool:

@@ -7,7 +7,7 @@ import comfy.latent_formats
 from torch import Tensor
 
 from ...flowcore.errors import CheckpointError, ShapeError
-from ...flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, spec_from_statistics
+from ...flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, spec_from_metadata
 
 # Where ComfyUI knows the space, its factors for previews are used; both count from model-space latents.
 _KNOWN = {"sd15": "SD15", "sdxl": "SDXL", "sd3": "SD3", "flux1": "Flux"}
@@ -53,31 +53,14 @@ class FlowCoreLatentFormat(comfy.latent_formats.LatentFormat):
         return self.spec.from_model(latent)
 
 
-def spec_of(metadata: Mapping[str, str], default: str, source: str) -> LatentSpec:
-    """Return the latent space that a model file states, else the architecture's.
+def format_of(metadata: Mapping[str, str], default: str, source: str) -> FlowCoreLatentFormat:
+    """Return the latent format that a model file states, else that of the architecture's space.
 
     Raises: CheckpointError if what the file states cannot be read.
     """
-    name = metadata.get("flowcore.latent_spec", default)
-    mean, std = (_json_list(metadata, f"flowcore.latents_{part}", source) for part in ("mean", "std"))
-    if mean is not None and std is not None:
-        return spec_from_statistics(mean, std, name=name)
-    if name not in LATENT_SPECS:
-        raise CheckpointError(
-            f"flowcore.latent_spec in {source} must be one of {', '.join(LATENT_SPECS)}, or come with "
-            f"flowcore.latents_mean and flowcore.latents_std, got {name!r}"
-        )
-    return LATENT_SPECS[name]
-
-
-def format_of(metadata: Mapping[str, str], default: str, source: str) -> FlowCoreLatentFormat:
-    """Return the latent format that a model file states.
-
-    Raises: CheckpointError as `spec_of` does.
-    """
     factors = _json_list(metadata, "flowcore.latent_rgb_factors", source)
     bias = _json_list(metadata, "flowcore.latent_rgb_bias", source)
-    spec = spec_of(metadata, default, source)
+    spec = spec_from_metadata(metadata, source=source) or LATENT_SPECS[default]
     if factors is not None and len(factors) != spec.channels:
         factors, bias = None, None  # of another space: no preview is better than a wrong one
     return FlowCoreLatentFormat(spec, factors, bias)

@@ -9,7 +9,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...flowcore.errors import ConfigError
+from ...flowcore.errors import CheckpointError, ConfigError
+from ...flowcore.vae.latent_spec import LatentSpec
 from ...flowcore.weights.checkpoint import LoadedModel
 from ...flowcore.weights.checkpoint import load_model as read_model
 from .latent_formats import format_of
@@ -37,16 +38,23 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
         )
     with torch.inference_mode(False):
         loaded = read_model(path)  # nothing is copied: the tensors lie in the mapped file
-        model_config = FlowCoreConfig(
-            loaded.architecture.name,
-            loaded.config,
-            format_of(loaded.metadata, loaded.architecture.latent_spec, path.name),
-        )
+        latent_format = format_of(loaded.metadata, loaded.architecture.latent_spec, path.name)
+        _check_channels(latent_format.spec, loaded.architecture.latent_channels(loaded.config), path.name)
+        model_config = FlowCoreConfig(loaded.architecture.name, loaded.config, latent_format)
         state = loaded.model.state_dict()
         parameters = comfy.utils.calculate_parameters(state)
         dtype = _choose_dtype(model_config, state, parameters, weight_dtype)
-        patcher = _build(model_config, state, dtype, mm.unet_inital_load_device(parameters, dtype))
+        patcher = _build(model_config, state, mm.unet_inital_load_device(parameters, dtype))
     return patcher, _describe(loaded, model_config, parameters, dtype)
+
+
+def _check_channels(spec: LatentSpec, channels: int, source: str) -> None:
+    """Refuse a latent space that is not the model's. Raises: CheckpointError."""
+    if spec.channels != channels:
+        raise CheckpointError(
+            f"the latent space of {source} must have the model's {channels} channels, got {spec.name} with "
+            f"{spec.channels}; write flowcore.latents_mean and flowcore.latents_std into its metadata"
+        )
 
 
 def _choose_dtype(
@@ -62,27 +70,26 @@ def _choose_dtype(
     return dtype
 
 
-def _build(
-    model_config: FlowCoreConfig, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> ModelPatcher:
-    """Return the model with copies of the weights: the file may be replaced while they are in use."""
+def _build(model_config: FlowCoreConfig, state: dict[str, Tensor], device: torch.device) -> ModelPatcher:
+    """Return the model with copies of the weights: the file may be replaced while they are in use.
+
+    The network says which of its tensors stay in float32 whatever the dtype.
+    """
     model = model_config.get_model(state, "", device=torch.device("meta"))
-    linear = {
-        f"{name}.weight"
-        for name, layer in model.diffusion_model.named_modules()
-        if hasattr(layer, "in_features")
-    }
-    # Eight bits are for matrices; norms, biases and rotary frequencies are small and would lose too much.
-    other = (model_config.manual_cast_dtype or dtype) if dtype in _FP8 else dtype
-    buffers = {name for name, _ in model.diffusion_model.named_buffers()}
+    network = model.diffusion_model
+    matrices = {f"{name}.weight" for name, layer in network.named_modules() if hasattr(layer, "in_features")}
+
+    def target(name: str, built: Tensor) -> torch.dtype:
+        # Eight bits are for matrices; biases are small and would lose too much.
+        is_spared = built.dtype in _FP8 and name not in matrices
+        return model_config.manual_cast_dtype or torch.float32 if is_spared else built.dtype
+
     copies = {
-        name: tensor.to(
-            device=device, dtype=None if name in buffers else dtype if name in linear else other, copy=True
-        )
-        for name, tensor in state.items()
+        name: state[name].to(device=device, dtype=target(name, built), copy=True)
+        for name, built in network.state_dict().items()
     }
-    model.diffusion_model.load_state_dict(copies, strict=True, assign=True)
-    model.diffusion_model.requires_grad_(False)
+    network.load_state_dict(copies, strict=True, assign=True)
+    network.requires_grad_(False)
     model.device = device
     return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
 

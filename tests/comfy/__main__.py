@@ -1,7 +1,7 @@
 """`python -m tests.comfy --version V` prepares ComfyUI; `... run [WORKFLOW.json]` starts it.
 
-The extension is linked into the server's custom_nodes. A workflow in API form is run, the files it made are
-printed, and the server ends; without one the server runs until Ctrl-C.
+The extension is linked into the server's custom_nodes. A workflow is run, its pictures are written into
+the current folder, and the server ends; without one the server runs until Ctrl-C.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from .convert import ConversionError, is_api, to_api
 from .install import VERSION, NotAvailableError, find_comfyui, find_python
 from .server import Server, ServerError
 
@@ -38,7 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="start a server, and run a workflow if one is given")
     run.add_argument(
-        "workflow", nargs="?", type=Path, help="workflow in API form; without it the server stays"
+        "workflow",
+        nargs="?",
+        type=Path,
+        help="workflow to run, in UI or API form; without it the server stays",
     )
     run.add_argument("--port", type=int, default=8188, help="port of a server that stays (%(default)s)")
     run.add_argument(
@@ -49,37 +53,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, comfyui: Path) -> int:
-    prompt = None
+    workflow = None
     if options.workflow is not None:
-        prompt = _read_prompt(options.workflow)
-        if prompt is None:
+        try:
+            workflow = json.loads(options.workflow.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            print(f"error: {options.workflow} must be a workflow in JSON, got {error}", file=sys.stderr)
             return 2
-    arguments = ("--cpu",) if options.cpu or not _has_accelerator(find_python()) else ()
-    port = options.port if prompt is None else None
+    python = find_python()
+    arguments = ("--cpu",) if options.cpu or not _has_accelerator(python) else ()
+    port = options.port if workflow is None else None
     base = None if options.base is None else options.base.resolve()
-    with Server(comfyui, find_python(), base=base, arguments=arguments, port=port) as server:
+    with Server(comfyui, python, base=base, arguments=arguments, port=port) as server:
         print(f"ComfyUI is at {server.url}, its folders in {server.base}", file=sys.stderr)
-        if prompt is None:
+        if workflow is None:
             return _stay(server)
-        entry = server.run(prompt, seconds=3600)
-        for image in server.images(entry):
+        try:
+            prompt = workflow if is_api(workflow) else to_api(workflow, server.get("/object_info"))
+        except ConversionError as error:
+            print(
+                f"error: {options.workflow}: {error}; export it with 'Export (API)' in ComfyUI",
+                file=sys.stderr,
+            )
+            return 2
+        for image in server.images(server.run(prompt, seconds=3600)):
             print(_keep(image), flush=True)
     return 0
-
-
-def _read_prompt(path: Path) -> dict | None:
-    """Return the prompt of a file; None, with a line on stderr, if it is none in API form."""
-    try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        print(f"error: {path} must be a workflow in JSON, got {error}", file=sys.stderr)
-        return None
-    if not isinstance(prompt, dict) or not all(
-        isinstance(n, dict) and "class_type" in n for n in prompt.values()
-    ):
-        print(f"error: {path} must be in API form; export it with 'Export (API)' in ComfyUI", file=sys.stderr)
-        return None
-    return prompt
 
 
 def _stay(server: Server) -> int:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flowcore.assets import list_builtin
 from tests.comfy.browser_names import BROWSERS
+from tests.comfy.convert import to_api
 from tests.comfy.server import LINK_NAME, Server
 from tests.comfy.standins import MODEL, TEXT, VAE
 
@@ -44,10 +45,10 @@ def playwright_python(comfyui_python: Path) -> Path:
 
 @pytest.fixture
 def bundled_names(base: Path) -> Iterator[None]:
-    """Stand-ins for bundled weights that this checkout lacks."""
+    """Stand-ins under the bundled names, where this checkout lacks one of the bundled weights."""
     written = []
-    for name, (folder, file) in BUNDLED.items():
-        if name not in list_builtin():
+    if not set(BUNDLED) <= set(list_builtin()):
+        for name, (folder, file) in BUNDLED.items():
             target = base / "models" / folder / f"flowcore-{name}.safetensors"
             shutil.copy(base / "models" / folder / file, target)
             written.append(target)
@@ -78,22 +79,10 @@ def test_the_workflow_runs_when_dropped_on_the_page(
         assert len(shot.convert("RGB").getcolors(1 << 24) or []) > 200
 
 
-def test_the_workflow_is_the_api_prompt(prompt: dict[str, Any]) -> None:
-    """Both forms hold the same nodes and widget values; the note is the one beside the prompt."""
-    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]
-    kinds = sorted(node["type"] for node in nodes if node["type"] != "MarkdownNote")
-    assert kinds == sorted(node["class_type"] for node in prompt.values())
-    api = json.loads((ROOT / "tests/comfy/api/xut_text_to_image.json").read_text(encoding="utf-8"))
-    for node in nodes:
-        if node["type"] == "MarkdownNote":
-            assert node["widgets_values"] == [
-                (ROOT / "tests/comfy/api/xut_text_to_image.md").read_text(encoding="utf-8")
-            ]
-        else:
-            widgets = [
-                value for value in api[str(node["id"])]["inputs"].values() if not isinstance(value, list)
-            ]
-            kept = [value for value in node.get("widgets_values") or [] if value != "randomize"]
-            assert sorted(map(str, kept)) == sorted(
-                str(int(v)) if v in (1.0, 3.0) else str(v) for v in widgets
-            )
+def test_the_workflow_is_the_api_prompt(server: Server) -> None:
+    """Both forms hold the same nodes, links and values; the note is the one beside the prompt."""
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    api = ROOT / "tests" / "comfy" / "api" / WORKFLOW.name
+    assert to_api(workflow, server.get("/object_info")) == json.loads(api.read_text(encoding="utf-8"))
+    notes = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes == [[api.with_suffix(".md").read_text(encoding="utf-8")]]

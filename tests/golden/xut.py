@@ -13,6 +13,7 @@ from flowcore.conditioning import Conditioning
 from flowcore.flow import guided, interpolate, sigma_grid
 from flowcore.flow.solvers import euler
 from flowcore.models.xut import XUDiT, velocity
+from flowcore.models.xut.velocity import EXTRAS
 from flowcore.weights.checkpoint import LoadedModel, build_model
 from tests.golden import xut_metrics, xut_modules
 from tests.golden.compare import (
@@ -190,10 +191,14 @@ def sample_latents(model: XUDiT, tensors: Tensors, metadata: Metadata, options: 
     settings = json.loads(metadata["sample"])
     given = {name: value.to(options.device) for name, value in part(tensors, "input.").items()}
 
-    def branch(context: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, sigma: velocity(model.forward, x, sigma, Conditioning(context=context))
+    extras = {name: given[name] for name in EXTRAS if name in given}
 
-    mixed = guided(branch(given["ctx"]), branch(given["sample.neg_ctx"]), settings["cfg"])
+    def branch(context: Tensor | None, mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        conditioning = Conditioning(context=context, context_mask=mask, extras=extras)
+        return lambda x, sigma: velocity(model.forward, x, sigma, conditioning)
+
+    conditional = branch(given["ctx"], given.get("ctx_mask"))
+    mixed = guided(conditional, branch(given.get("sample.neg_ctx"), None), settings["cfg"])
     with torch.no_grad():
         return euler(mixed, given["sample.noise"], sigma_grid(settings["steps"]))
 

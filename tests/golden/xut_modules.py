@@ -206,7 +206,7 @@ def backbone_cases(tensors: Tensors, metadata: Metadata, _options: Options) -> I
     for name in ("pos_dim", "use_adaln"):
         settings.pop(name, None)
     config = XUTConfig.from_dict(
-        {**settings, "concat_ctx": "ctx_dim" not in settings, "shared_adaln": is_shared}
+        {**settings, "concat_ctx": settings.get("ctx_dim") is None, "shared_adaln": is_shared}
     )
     backbone = filled(Backbone(config, ops=TORCH_OPS), part(tensors, "weight."))
     given = part(tensors, "input.")

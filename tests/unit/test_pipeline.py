@@ -20,6 +20,7 @@ from flowcore.pipeline import Pipeline, draw_noise, step_noise
 from flowcore.settings import Settings
 from flowcore.vae.autoencoder import load_vae
 from flowcore.vae.latent_spec import LATENT_SPECS
+from flowcore.weights.checkpoint import load_model, save_model
 from tests import tiny
 
 PROMPTS = ["a red circle", "a blue square left of a green circle"]
@@ -167,6 +168,15 @@ def test_vae_of_other_channels_is_refused(pipeline: Pipeline, tmp_path: Path) ->
     other.spec = LATENT_SPECS["flux1"]
     with pytest.raises(ConfigError, match=r"VAE must have the model's 4 latent channels, got 16 \(flux1\)"):
         replace(pipeline, vae=other)
+
+
+def test_latent_space_of_the_model_file_goes_first(tmp_path: Path) -> None:
+    model = tiny.write_parts(tmp_path)
+    assert Pipeline.from_files(model, device="cpu").vae.spec == tiny.SPEC
+    loaded = load_model(model)
+    stated = {**loaded.metadata, "flowcore.latent_spec": "sdxl"}
+    save_model(model, loaded.model.state_dict(), architecture="xut", config=loaded.config, metadata=stated)
+    assert Pipeline.from_files(model, device="cpu").vae.spec.name == "sdxl"
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flowcore.errors import ConfigError, ShapeError
-from flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, scaled_spec, spec_from_statistics
+from flowcore.errors import CheckpointError, ConfigError, ShapeError
+from flowcore.vae.latent_spec import (
+    LATENT_SPECS,
+    LatentSpec,
+    scaled_spec,
+    spec_from_metadata,
+    spec_from_statistics,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,21 @@ def test_other_statistics_stay_as_the_file_has_them() -> None:
     std = [eq.std[0] * 1.01, *eq.std[1:]]
     spec = spec_from_statistics(eq.mean, std, name="mine")
     assert (spec.name, spec.std) == ("mine", tuple(std))
+
+
+def test_metadata_gives_statistics_or_a_known_name() -> None:
+    def read(**entries: str) -> LatentSpec | None:
+        return spec_from_metadata({f"flowcore.{key}": text for key, text in entries.items()}, source="a.file")
+
+    mine = LatentSpec(name="mine", channels=2, downscale=8, mean=(0.0, 1.0), std=(1.0, 2.0))
+    assert read(latents_mean="[0, 1]", latents_std="[1.0, 2.0]", latent_spec="mine") == mine
+    assert read(latent_spec="sdxl") is LATENT_SPECS["sdxl"]
+    assert read() is None
+    with pytest.raises(CheckpointError, match=r"latent_spec in a\.file must be one of .*got 'mine'"):
+        read(latent_spec="mine")
+    for text in ("[1, ", "3", '["x"]'):
+        with pytest.raises(CheckpointError, match=r"latents_mean in a\.file must be a JSON list of numbers"):
+            read(latents_mean=text, latents_std="[1]")
 
 
 def test_dtype_and_shape_are_kept() -> None:
