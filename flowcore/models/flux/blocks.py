@@ -101,7 +101,7 @@ def modulated(x: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
 
 
 def added(x: Tensor, by: Modulation, branch: Tensor) -> Tensor:
-    """Return x + gate * branch, float32; where a float16 branch overflows, with the largest float16 number."""
+    """Return x + gate * branch, float32; a float16 branch that overflows counts as its largest number."""
     return torch.addcmul(x, by.gate, torch.nan_to_num(branch) if branch.dtype == torch.float16 else branch)
 
 
@@ -194,7 +194,8 @@ class SingleStreamBlock(nn.Module):
         u = modulated(x, mod, signals.condition.dtype)
         qkv, hidden = self.linear1(u).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
-        mixed = attend(*self.norm(q, k), v, signals, attention)
+        q, k = self.norm(q, k)
+        mixed = attend(q, k, v, signals, attention)
         branch = self.linear2(torch.cat((mixed, functional.gelu(hidden, approximate="tanh")), dim=-1))
         return added(x, mod, branch)
 
