@@ -9,50 +9,35 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowcore.errors import CheckpointError, ConfigError
+from flowcore.errors import CheckpointError
 from flowcore.models import find_architecture
-from flowcore.models.flux import Flux, FluxConfig
+from flowcore.models.flux import Flux
 from flowcore.models.flux.layouts import from_diffusers, to_diffusers
 from flowcore.models.xut import PRESETS as XUT_PRESETS
 from flowcore.models.xut import XUDiT
-from flowcore.weights.checkpoint import read_tensors
-from flowcore.weights.lora import Lora, load_lora, merge, merged_tensors, parse_lora, restore
-from flowcore.weights.lora_writing import LoraPair, lora_tensors, save_lora, to_pairs
+from flowcore.weights.lora import load_lora, merge, merged_tensors, parse_lora, restore
+from flowcore.weights.lora_writing import lora_tensors
 from tests.support import assert_close
 
-ROW = find_architecture("flux")
-CONFIG = FluxConfig(
-    in_channels=4,
-    out_channels=4,
-    vec_in_dim=4,
-    context_in_dim=5,
-    hidden_size=16,
-    num_heads=1,
-    depth=1,
-    depth_single_blocks=1,
-    axes_dim=(8, 8),
+from .loras import (
+    ALPHA,
+    CONFIG,
+    LIMIT,
+    LINEAR1,
+    PROJ,
+    QKV,
+    RANK,
+    ROW,
+    draw,
+    pair,
+    parse,
+    random_state,
 )
-QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
-RANK, ALPHA = 3, 6.0
-LIMIT = 1e-6
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 @pytest.fixture
 def state() -> dict[str, Tensor]:
-    return {name: draw(*t.shape, seed=7) for name, t in Flux(CONFIG, device="meta").state_dict().items()}
-
-
-def pair(layer: str, state: dict[str, Tensor], alpha: float = ALPHA) -> LoraPair:
-    height, width = state[f"{layer}.weight"].shape
-    return LoraPair(draw(RANK, width), draw(height, RANK), alpha)
-
-
-def parse(tensors: dict[str, Tensor], state: dict[str, Tensor], **metadata: str) -> Lora:
-    return parse_lora(tensors, metadata, state, ROW, source="file")
+    return random_state()
 
 
 def change_of(tensors: dict[str, Tensor], state: dict[str, Tensor], name: str, **metadata: str) -> Tensor:
@@ -61,7 +46,6 @@ def change_of(tensors: dict[str, Tensor], state: dict[str, Tensor], name: str, *
     return merged_tensors(state, lora)[name] - state[name]
 
 
-PROJ = "double_blocks.0.txt_attn.proj"
 FLAT = PROJ.replace(".", "_")
 THEIRS = "transformer_blocks.0.attn.to_add_out"
 
@@ -347,47 +331,6 @@ def test_control_lora_widens_the_input_of_new_models_alone(state: dict[str, Tens
     assert_close(merged["img_in.weight"], padded + draw(16, 2) @ draw(2, 8), limit=LIMIT)
     with pytest.raises(CheckpointError, match=r"img_in\.weight must keep its shape \(16, 4\) in a model"):
         merge(Flux(CONFIG), lora)
-
-
-@pytest.mark.parametrize("layout", ["diffusion_model", "kohya", "diffusers"])
-def test_written_files_are_read_back(layout: str, tmp_path: Path, state: dict[str, Tensor]) -> None:
-    layers = (QKV, PROJ, LINEAR1, "single_blocks.0.linear2", "final_layer.adaLN_modulation.1", "img_in")
-    pairs = {layer: pair(layer, state) for layer in layers}
-    path = tmp_path / "lora.safetensors"
-    save_lora(path, pairs, architecture=ROW, layout=layout, metadata={"flowcore.base_hash": "abc"})
-    metadata = read_tensors(path)[1]
-    assert (metadata["flowcore.arch"], metadata["flowcore.lora_rank"]) == ("flux", str(RANK))
-    assert metadata["flowcore.base_hash"] == "abc"
-    lora = load_lora(path, state, ROW)
-    assert lora.unused == ()
-    merged = merged_tensors(state, lora)
-    assert set(merged) == {f"{layer}.weight" for layer in layers}
-    for layer, (down, up, alpha) in pairs.items():
-        expected = state[f"{layer}.weight"] + alpha / RANK * up @ down
-        assert_close(merged[f"{layer}.weight"], expected, limit=LIMIT)
-
-
-def test_parts_become_one_pair(state: dict[str, Tensor]) -> None:
-    theirs = lora_tensors(
-        {QKV: pair(QKV, state), PROJ: pair(PROJ, state)}, architecture=ROW, layout="diffusers"
-    )
-    lora = parse(theirs, state)
-    pairs = to_pairs(lora, state)
-    assert pairs[QKV].down.shape == (3 * RANK, 16)
-    again = parse(lora_tensors(pairs, architecture=ROW), state)
-    expected = merged_tensors(state, lora)
-    for name, tensor in merged_tensors(state, again).items():
-        assert_close(tensor, expected[name], limit=LIMIT)
-    with pytest.raises(ConfigError, match="a LoRA to rewrite must hold pairs alone, got diff in"):
-        to_pairs(parse({f"{PROJ}.diff": draw(16, 16)}, state), state)
-
-
-def test_layouts_that_do_not_exist_are_named(state: dict[str, Tensor]) -> None:
-    pairs = {PROJ: pair(PROJ, state)}
-    with pytest.raises(ConfigError, match="the LoRA layout must be one of"):
-        lora_tensors(pairs, architecture=ROW, layout="peft")
-    with pytest.raises(ConfigError, match="must have names there, got double_blocks"):
-        lora_tensors(pairs, architecture=find_architecture("xut"), layout="diffusers")
 
 
 @pytest.mark.parametrize(
