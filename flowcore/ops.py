@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .layers.attention import sdpa
@@ -33,11 +34,24 @@ def run_checkpointed(kind: str, index: int, block: BlockFn, x: Tensor) -> Tensor
     return result
 
 
+class FloatLinear(nn.Linear):
+    """Linear layer that computes in float32 whatever the dtype of its input and of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `... m`, float32, of x `... n`; autocast is for the caller to switch off."""
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(x.float(), self.weight.float(), bias)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
-    """Constructors of the layers that own weights. Each takes `device=` and `dtype=` like the torch class."""
+    """Constructors of the layers that own weights. Each takes `device=` and `dtype=` like the torch class.
+
+    Layers of float_linear must compute in float32; models give them float32 inputs.
+    """
 
     linear: Callable[..., nn.Linear] = nn.Linear
+    float_linear: Callable[..., nn.Linear] = FloatLinear
     conv2d: Callable[..., nn.Conv2d] = nn.Conv2d
     layer_norm: Callable[..., nn.LayerNorm] = nn.LayerNorm
     embedding: Callable[..., nn.Embedding] = nn.Embedding

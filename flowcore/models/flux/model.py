@@ -107,7 +107,7 @@ class Flux(nn.Module):
             bias=None if mask is None else mask[:, None, None],  # b 1 1 l
             num_text=txt.shape[1],
         )
-        x = torch.cat((self.txt_in(txt.to(img.dtype)), self.img_in(img)), dim=1)  # b l d
+        x = torch.cat((self.txt_in(txt.to(img.dtype)), self.img_in(img)), dim=1).float()  # b l d
         for kind, blocks in (("double", self.double_blocks), ("single", self.single_blocks)):
             for index, block in enumerate(blocks):
                 call = partial(block, signals=signals, attention=runtime.attention)

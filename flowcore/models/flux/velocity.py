@@ -29,7 +29,7 @@ class _Tokens(NamedTuple):
 
     img: Tensor
     ids: Tensor
-    count: int
+    num_noised: int
 
 
 def velocity(
@@ -81,7 +81,7 @@ def velocity(
         mask=_joint_mask(context, context_mask, tokens.img, conditioning.extras.get("img_mask")),
         **options,
     )
-    result = result[:, : tokens.count].to(latents.dtype)
+    result = result[:, : tokens.num_noised].to(latents.dtype)
     if latents.ndim == 3:
         return rearrange(result, "b n c -> b c n")
     height, width = latents.shape[-2:]

@@ -1,8 +1,8 @@
 """The parts of TinyFlux: embedders, norms, the attention that Sol steers, and the two kinds of block.
 
 Text and image are one row of tokens, text first, through the whole network; double blocks split it. The row,
-the norms and the rotations are float32 whatever the matrices compute in. Parameters carry the names of the
-published checkpoints.
+the norms, the rotations and all that steers the blocks are float32 whatever the blocks' matrices compute in.
+Parameters carry the names of the published checkpoints.
 Source: AbstractEyes/tiny-flux, version 4.2.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...layers.attention import widen
-from ...layers.norm import RMSNorm
+from ...layers.norm import RMSNorm, at_use
 from ...layers.rope import Rotation, rotate_pairs, rotation
 from ...ops import AttentionFn, Ops
 from .config import TinyFluxConfig
@@ -64,15 +64,15 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.num_channels = num_channels
         self.mlp = nn.Sequential(
-            ops.linear(num_channels, dim, **where), nn.SiLU(), ops.linear(dim, dim, **where)
+            ops.float_linear(num_channels, dim, **where), nn.SiLU(), ops.float_linear(dim, dim, **where)
         )
 
-    def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `b d` in dtype for values `b`; angles, sines and cosines are float32."""
+    def forward(self, values: Tensor) -> Tensor:
+        """Return `b d`, float32, for values `b`."""
         half = self.num_channels // 2
         steps = torch.arange(half, dtype=torch.float32, device=values.device)
         angles = values.float()[:, None] * torch.exp(steps * (-math.log(_THETA) / (half - 1)))
-        vector: Tensor = self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype))
+        vector: Tensor = self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1))
         return vector
 
 
@@ -125,6 +125,19 @@ class MLP(nn.Module):
         return result
 
 
+class HeadMaps(nn.Module):
+    """A convolution of size 1 from one map to one for each head, zero at first, in float32."""
+
+    def __init__(self, heads: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, 1, 1, 1, device=device))
+        self.bias = nn.Parameter(torch.zeros(heads, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `b nh h w` of x `b 1 h w`."""
+        return x * at_use(self.weight, x)[:, 0] + at_use(self.bias, x)[:, None, None]
+
+
 class SteeredAttention(nn.Module):
     """What both attentions do between their projections; subclasses own those.
 
@@ -132,14 +145,12 @@ class SteeredAttention(nn.Module):
     the logits by a temperature.
     """
 
-    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, config: TinyFluxConfig, device: torch.device | str | None) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.spatial_to_mod = None
         if config.use_sol_prior:
-            self.spatial_to_mod = ops.conv2d(1, config.num_attention_heads, kernel_size=1, **where)
-            nn.init.zeros_(self.spatial_to_mod.weight)
-            nn.init.zeros_(self.spatial_to_mod.bias)
+            self.spatial_to_mod = HeadMaps(config.num_attention_heads, device)
 
     def mix(
         self, qkv: Tensor, turn: Rotation, signals: Signals, attention: AttentionFn, *, cools_text: bool
@@ -163,8 +174,7 @@ class SteeredAttention(nn.Module):
         """Return what queries and keys are multiplied by, `b (two nh) l 1` float32; None = nothing."""
         if self.spatial_to_mod is None or signals.importance is None or signals.inverse_temperature is None:
             return None
-        importance = signals.importance.to(signals.condition.dtype)
-        logs: Tensor = self.spatial_to_mod(importance).float()  # b nh h w
+        logs: Tensor = self.spatial_to_mod(signals.importance)  # b nh h w
         image = logs.clamp(-_MAX_LOG_FACTOR, _MAX_LOG_FACTOR).exp().flatten(2)[..., None]  # b nh n 1
         text = image.new_ones(*image.shape[:2], signals.num_text, 1)
         cold = signals.inverse_temperature
@@ -176,7 +186,7 @@ class JointAttention(SteeredAttention):
     """Attention over text and image with projections of their own."""
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
-        super().__init__(config, ops=ops, **where)
+        super().__init__(config, where.get("device"))
         dim = config.hidden_size
         self.txt_qkv = ops.linear(dim, 3 * dim, bias=False, **where)
         self.img_qkv = ops.linear(dim, 3 * dim, bias=False, **where)
@@ -196,7 +206,7 @@ class Attention(SteeredAttention):
     """Attention over the whole row of tokens."""
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
-        super().__init__(config, ops=ops, **where)
+        super().__init__(config, where.get("device"))
         self.qkv = ops.linear(config.hidden_size, 3 * config.hidden_size, bias=False, **where)
         self.out_proj = ops.linear(config.hidden_size, config.hidden_size, bias=False, **where)
 

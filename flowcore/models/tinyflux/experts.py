@@ -1,6 +1,7 @@
 """Lune and Sol: two small predictors that imitate features of two teachers, and what the features do.
 
-A teacher's own features may take the place of a prediction, sample by sample. Inference needs none.
+A teacher's own features may take the place of a prediction, sample by sample. Inference needs none. All is
+computed in float32.
 Source: AbstractEyes/tiny-flux, version 4.2.
 """
 
@@ -44,6 +45,15 @@ class SolOutput:
     predicted_spatial: Tensor
 
 
+class FloatLayerNorm(nn.LayerNorm):
+    """Layer norm in float32, its weights too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `... k` of x `... k`."""
+        weight, bias = at_use(self.weight, x), at_use(self.bias, x)
+        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
 class LunePredictor(nn.Module):
     """A vector for the condition, from the inner features of a diffusion teacher or a guess at them."""
 
@@ -51,21 +61,21 @@ class LunePredictor(nn.Module):
         super().__init__()
         dim, hidden = config.hidden_size, config.lune_hidden_dim
         self.dropout = config.lune_dropout
-        self.input_proj = ops.linear(dim + config.pooled_projection_dim, hidden, **where)
+        self.input_proj = ops.float_linear(dim + config.pooled_projection_dim, hidden, **where)
         self.predictor = nn.Sequential(
             nn.SiLU(),
-            ops.linear(hidden, hidden, **where),
+            ops.float_linear(hidden, hidden, **where),
             nn.SiLU(),
             nn.Identity(),  # the place of the dropout, whose randomness comes from outside
-            ops.linear(hidden, hidden, **where),
+            ops.float_linear(hidden, hidden, **where),
             nn.SiLU(),
-            ops.linear(hidden, config.lune_expert_dim, **where),
+            ops.float_linear(hidden, config.lune_expert_dim, **where),
         )
         self.output_proj = nn.Sequential(
-            ops.layer_norm(config.lune_expert_dim, eps=1e-5, **where),
-            ops.linear(config.lune_expert_dim, dim, **where),
+            FloatLayerNorm(config.lune_expert_dim, device=where.get("device")),
+            ops.float_linear(config.lune_expert_dim, dim, **where),
         )
-        self.expert_gate = nn.Parameter(torch.zeros((), **where))
+        self.expert_gate = nn.Parameter(torch.zeros((), device=where.get("device")))
 
     def forward(
         self,
@@ -77,7 +87,7 @@ class LunePredictor(nn.Module):
         """Return what to add to the condition, and the prediction.
 
         Args:
-            z: time and text `b k`.
+            z: time and text `b k`, float32.
             features: the teacher's `b k`; None = the prediction.
             present: `b` boolean, which samples have the teacher's features; None = all.
             generator: source of the dropout in training.
@@ -87,8 +97,7 @@ class LunePredictor(nn.Module):
         hidden = self.predictor[:3](self.input_proj(z))
         predicted: Tensor = self.predictor[4:](self._drop(hidden, generator))
         used = _choose(features, predicted, present)
-        gate = at_use(self.expert_gate, z).sigmoid()
-        signal = gate * self.output_proj(used).float()
+        signal = at_use(self.expert_gate, z).sigmoid() * self.output_proj(used)
         return LuneOutput(signal=signal, predicted=predicted, has_teacher=features is not None)
 
     def _drop(self, hidden: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -99,8 +108,7 @@ class LunePredictor(nn.Module):
                 f"generator must be given when Lune drops out, got None with lune_dropout {self.dropout}"
             )
         draw = torch.rand(hidden.shape, generator=generator, device=generator.device)
-        keep = (draw >= self.dropout).to(device=hidden.device, dtype=hidden.dtype)
-        return hidden * keep / (1 - self.dropout)
+        return hidden * (draw >= self.dropout).to(hidden.device) / (1 - self.dropout)
 
 
 class SolPrior(nn.Module):
@@ -117,22 +125,24 @@ class SolPrior(nn.Module):
 
         def predictor(num_outputs: int) -> nn.Sequential:
             return nn.Sequential(
-                ops.linear(given, hidden, **where),
+                ops.float_linear(given, hidden, **where),
                 nn.SiLU(),
-                ops.linear(hidden, hidden, **where),
+                ops.float_linear(hidden, hidden, **where),
                 nn.SiLU(),
-                ops.linear(hidden, num_outputs, **where),
+                ops.float_linear(hidden, num_outputs, **where),
             )
 
         self.stat_predictor = predictor(3)
         self.spatial_predictor = predictor(self.side**2)
         self.stat_to_temperature = nn.Sequential(
-            ops.linear(3, hidden // 2, **where), nn.SiLU(), ops.linear(hidden // 2, self.heads, **where)
+            ops.float_linear(3, hidden // 2, **where),
+            nn.SiLU(),
+            ops.float_linear(hidden // 2, self.heads, **where),
         )
         # Files own this layer and no forward uses it.
-        self.spatial_to_qk_scale = ops.linear(1, self.heads, **where) if config.sol_qk_scale else None
+        self.spatial_to_qk_scale = ops.float_linear(1, self.heads, **where) if config.sol_qk_scale else None
         share = min(max(config.sol_geometric_weight, 1e-4), 1 - 1e-4)
-        self.blend_gate = nn.Parameter(torch.logit(torch.tensor(share)).to(**where))
+        self.blend_gate = nn.Parameter(torch.logit(torch.tensor(share)).to(where.get("device")))
 
     def forward(
         self,
@@ -145,7 +155,7 @@ class SolPrior(nn.Module):
         """Return how attention is steered, and the predictions.
 
         Args:
-            z: time and text `b k`.
+            z: time and text `b k`, float32.
             times: `b`, 0 = noise, 1 = data, float32.
             stats: the teacher's `b 3`; None = the prediction.
             spatial: the teacher's map `b s s`; None = the prediction.

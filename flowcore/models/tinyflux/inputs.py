@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +28,24 @@ class ExpertUse:
 FULL_USE = ExpertUse()
 
 
+class Text(NamedTuple):
+    """Tokens `b m k`, the pooled vector `b k`, and the mask `b m`, True = real; None masks nothing."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+
+
+class TeacherValues(NamedTuple):
+    """What the teachers say: features `b k`, statistics `b 3`, maps `b s s`."""
+
+    lune_features: Tensor | None
+    sol_stats: Tensor | None
+    sol_spatial: Tensor | None
+
+
 def check_inputs(
-    config: TinyFluxConfig,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    pooled: Tensor | None,
-    timestep: Tensor,
-    *,
-    context_mask: Tensor | None,
-    guidance: Tensor | None,
+    config: TinyFluxConfig, hidden_states: Tensor, text: Text, timestep: Tensor, guidance: Tensor | None
 ) -> None:
     """Check tokens and their conditions against the configuration.
 
@@ -43,48 +53,40 @@ def check_inputs(
     """
     if hidden_states.ndim != 3 or hidden_states.shape[2] != config.in_channels:
         raise ShapeError(f"hidden_states must be b n {config.in_channels}, got {tuple(hidden_states.shape)}")
-    batch, text = hidden_states.shape[0], encoder_hidden_states
-    if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.joint_attention_dim:
+    batch, tokens = hidden_states.shape[0], text.tokens
+    if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[2] != config.joint_attention_dim:
         raise ShapeError(
-            f"encoder_hidden_states must be {batch} m {config.joint_attention_dim}, got {tuple(text.shape)}"
+            f"encoder_hidden_states must be {batch} m {config.joint_attention_dim}, got {tuple(tokens.shape)}"
         )
     if timestep.numel() != batch:
         raise ShapeError(f"timestep must be one for each of {batch} samples, got {tuple(timestep.shape)}")
-    if pooled is not None:
-        _check_shape("pooled_projections", pooled, (batch, config.pooled_projection_dim))
+    if text.pooled is not None:
+        _check_shape("pooled_projections", text.pooled, (batch, config.pooled_projection_dim))
     elif not config.pooled_from_text:
         raise ShapeError(
             f"pooled_projections must be {batch} {config.pooled_projection_dim}, got None; "
             "it is the pooled vector of the CLIP text encoder"
         )
-    if context_mask is not None and context_mask.dtype != torch.bool:
-        raise ShapeError(f"context_mask must be boolean, got {context_mask.dtype}")
-    if context_mask is not None:
-        _check_shape("context_mask", context_mask, (batch, text.shape[1]))
+    if text.mask is not None and text.mask.dtype != torch.bool:
+        raise ShapeError(f"context_mask must be boolean, got {text.mask.dtype}")
+    if text.mask is not None:
+        _check_shape("context_mask", text.mask, (batch, tokens.shape[1]))
     if guidance is not None:
         _require(config.guidance_embeds, "guidance", "guidance_embeds")
         _check_shape("guidance", guidance, (batch,))
 
 
-def check_experts(
-    config: TinyFluxConfig,
-    batch: int,
-    use: ExpertUse,
-    *,
-    lune_features: Tensor | None,
-    sol_stats: Tensor | None,
-    sol_spatial: Tensor | None,
-) -> None:
+def check_teachers(config: TinyFluxConfig, batch: int, taught: TeacherValues, use: ExpertUse) -> None:
     """Check what teachers say against the configuration.
 
     Raises: ShapeError as `check_inputs` does.
     """
     side = config.sol_spatial_size
     for name, value, shape, part in (
-        ("lune_features", lune_features, (batch, config.lune_expert_dim), "use_lune_expert"),
+        ("lune_features", taught.lune_features, (batch, config.lune_expert_dim), "use_lune_expert"),
         ("lune_present", use.lune_present, (batch,), "use_lune_expert"),
-        ("sol_stats", sol_stats, (batch, 3), "use_sol_prior"),
-        ("sol_spatial", sol_spatial, (batch, side, side), "use_sol_prior"),
+        ("sol_stats", taught.sol_stats, (batch, 3), "use_sol_prior"),
+        ("sol_spatial", taught.sol_spatial, (batch, side, side), "use_sol_prior"),
         ("sol_present", use.sol_present, (batch,), "use_sol_prior"),
     ):
         if value is not None:

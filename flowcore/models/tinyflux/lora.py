@@ -279,7 +279,8 @@ def standard_to_native(
         raise CheckpointError(
             f"a TinyFlux LoRA must change attention and single MLPs alone, got {foreign[:5]}"
         )
-    found, specs = {}, {}
+    found: dict[str, Tensor] = {}
+    specs = {}
     for path in paths:
         down = tensors[f"diffusion_model.{path}.lora_A.weight"]
         alpha = tensors.get(f"diffusion_model.{path}.alpha")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...layers.norm import RMSNorm, at_use
+from ...layers.precision import no_autocast
 from ...layers.rope import Rotation
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
 from .blocks import (
@@ -37,14 +38,42 @@ from .experts import (
     importance_grid,
     inverse_temperature,
 )
-from .inputs import FULL_USE, ExpertUse, check_experts, check_inputs, check_positions, check_size
+from .inputs import (
+    FULL_USE,
+    ExpertUse,
+    TeacherValues,
+    Text,
+    check_inputs,
+    check_positions,
+    check_size,
+    check_teachers,
+)
 
 Info: TypeAlias = dict[str, dict[str, Any] | None]
 """What the predictors said, by the original's names; None where one is absent or off."""
 
 
 class TinyFlux(nn.Module):
-    """Predicts the velocity data - noise of tokens; time runs from 0 = noise to 1 = data."""
+    """Predicts the velocity data - noise of tokens; time runs from 0 = noise to 1 = data.
+
+    Arguments of the call:
+        hidden_states: tokens `b n c`, a latent cell each, row by row. Their dtype is that of the blocks.
+        encoder_hidden_states: text `b m k`. Published models count padding as text: no context_mask.
+        pooled_projections: `b k`; None only in a model with `pooled_from_text`.
+        timestep: `b` in [0, 1], float32 whatever the dtype of hidden_states.
+        img_ids: positions (0, row, column) `n 3`, or `b n 3` of which the first counts; None = a grid.
+        txt_ids: positions of the text, likewise; None = all zero. Only single blocks turn text.
+        guidance: `b`, for models of old that embed it.
+        lune_features: the teacher's `b k` in the place of Lune's prediction; training only.
+        sol_stats: the teacher's `b 3` in the place of Sol's prediction, likewise.
+        sol_spatial: the teacher's map `b s s`, likewise.
+        return_expert_pred: return the velocity and what the predictors said.
+        size: (rows, columns) of the image; None = a square, as in the original.
+        context_mask: `b m` boolean, True = real token; None attends to every row.
+        use: which predictors act, and which samples have a teacher's values.
+        generator: source of Lune's dropout in training.
+        runtime: replacements of the attention product and of blocks.
+    """
 
     def __init__(
         self,
@@ -59,18 +88,20 @@ class TinyFlux(nn.Module):
         self.config = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.hidden_size
-        self.img_in = ops.linear(config.in_channels, dim, **where)
-        self.txt_in = ops.linear(config.joint_attention_dim, dim, **where)
+        self.img_in = ops.float_linear(config.in_channels, dim, **where)
+        self.txt_in = ops.float_linear(config.joint_attention_dim, dim, **where)
         self.time_in = TimestepEmbedding(dim, ops=ops, **where)
-        self.vector_in = nn.Sequential(nn.SiLU(), ops.linear(config.pooled_projection_dim, dim, **where))
+        self.vector_in = nn.Sequential(
+            nn.SiLU(), ops.float_linear(config.pooled_projection_dim, dim, **where)
+        )
         self.t5_pool = self.text_balance = None
         if config.use_t5_vec:
             self.t5_pool = nn.Sequential(
-                ops.linear(config.joint_attention_dim, dim, **where),
+                ops.float_linear(config.joint_attention_dim, dim, **where),
                 nn.SiLU(),
-                ops.linear(dim, dim, **where),
+                ops.float_linear(dim, dim, **where),
             )
-            self.text_balance = nn.Parameter(torch.zeros((), **where))
+            self.text_balance = nn.Parameter(torch.zeros((), device=device))
         self.guidance_in = TimestepEmbedding(dim, ops=ops, **where) if config.guidance_embeds else None
         self.lune_predictor = LunePredictor(config, ops=ops, **where) if config.use_lune_expert else None
         self.sol_prior = SolPrior(config, ops=ops, **where) if config.use_sol_prior else None
@@ -82,7 +113,7 @@ class TinyFlux(nn.Module):
             SingleBlock(config, ops=ops, **where) for _ in range(config.num_single_layers)
         )
         self.final_norm = RMSNorm(dim, device)
-        self.final_linear = ops.linear(dim, config.in_channels, **where)
+        self.final_linear = ops.float_linear(dim, config.in_channels, **where)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -118,87 +149,70 @@ class TinyFlux(nn.Module):
         generator: torch.Generator | None = None,
         runtime: Runtime = DEFAULT_RUNTIME,
     ) -> Tensor | tuple[Tensor, Info]:
-        """Return the velocity data - noise `b n c` of noised tokens, computed in the dtype of hidden_states.
+        """Return the velocity data - noise `b n c` of noised tokens, in the dtype of hidden_states.
 
-        Args:
-            hidden_states: tokens `b n c`, a latent cell each, row by row.
-            encoder_hidden_states: text `b m k`. Published models count padding as text: no context_mask.
-            pooled_projections: `b k`; None only in a model with `pooled_from_text`.
-            timestep: `b` in [0, 1], 0 = noise, 1 = data, float32 whatever the dtype of hidden_states.
-            img_ids: positions (0, row, column) `n 3`, or `b n 3` of which the first counts; None = a grid.
-            txt_ids: positions of the text, likewise; None = all zero. Only single blocks turn text.
-            guidance: `b`, for models of old that embed it.
-            lune_features: the teacher's `b k` in the place of Lune's prediction; training only.
-            sol_stats: the teacher's `b 3` in the place of Sol's prediction; training only.
-            sol_spatial: the teacher's `b s s`, likewise.
-            return_expert_pred: return the velocity and what the predictors said.
-            size: (rows, columns) of the image; None = a square, as in the original.
-            context_mask: `b m` boolean, True = real token; None attends to every row.
-            use: which predictors act, and which samples have a teacher's values.
-            generator: source of Lune's dropout in training.
-            runtime: replacements of the attention product and of blocks.
-
+        Arguments are described with the class.
         Raises: ShapeError if an input has the wrong shape or the model has no part for it.
         """
         grid = check_size(size, hidden_states.shape[1])
-        check_inputs(
-            self.config,
-            hidden_states,
-            encoder_hidden_states,
-            pooled_projections,
-            timestep,
-            context_mask=context_mask,
-            guidance=guidance,
-        )
-        taught = {"lune_features": lune_features, "sol_stats": sol_stats, "sol_spatial": sol_spatial}
-        check_experts(self.config, hidden_states.shape[0], use, **taught)
-
-        text = encoder_hidden_states.to(hidden_states.dtype)  # b m k
+        text = Text(encoder_hidden_states, pooled_projections, context_mask)
+        taught = TeacherValues(lune_features, sol_stats, sol_spatial)
+        check_inputs(self.config, hidden_states, text, timestep, guidance)
+        check_teachers(self.config, hidden_states.shape[0], taught, use)
         times = timestep.float().reshape(-1)
-        time = self.time_in(times, text.dtype)  # b d
-        pooled = (
-            _mean(text, context_mask) if pooled_projections is None else pooled_projections.to(text.dtype)
-        )
-        z = torch.cat((time, pooled), dim=-1)
-        vector = self._vector(time, pooled, text, context_mask)
-        lune, sol = None, None
-        if self.lune_predictor is not None and use.lune:
-            lune = self.lune_predictor(z, lune_features, use.lune_present, generator)
-            vector = vector + lune.signal
-        if self.sol_prior is not None and use.sol:
-            sol = self.sol_prior(z, times, sol_stats, sol_spatial, use.sol_present)
-        if self.guidance_in is not None and guidance is not None:
-            vector = vector + self.guidance_in(guidance, text.dtype)
-
-        num_text = text.shape[1]
-        double_turn, single_turn = self._turns(grid, num_text, img_ids, txt_ids, text.device)
+        with no_autocast(hidden_states.device):
+            vector, lune, sol = self._steering(text, times, guidance, taught, use, generator)
+        num_text = encoder_hidden_states.shape[1]
+        double_turn, single_turn = self._turns(grid, num_text, img_ids, txt_ids, hidden_states.device)
         signals = Signals(
             num_text=num_text,
-            condition=functional.silu(vector).to(text.dtype)[:, None],
+            condition=functional.silu(vector).to(hidden_states.dtype)[:, None],
             double_turn=double_turn,
             single_turn=single_turn,
             bias=None if context_mask is None else _key_mask(context_mask, hidden_states.shape[1]),
             importance=None if sol is None else importance_grid(sol, *grid),
             inverse_temperature=None if sol is None else inverse_temperature(sol),
         )
-        x = torch.cat((self.txt_in(text), self.img_in(hidden_states)), dim=1).float()  # b (m + n) d
+        x = torch.cat((self.txt_in(text.tokens), self.img_in(hidden_states)), dim=1).float()  # b (m + n) d
         x = _run_blocks("double", self.double_blocks, x, signals, runtime)
         x = _run_blocks("single", self.single_blocks, x, signals, runtime)
-        velocity: Tensor = self.final_linear(self.final_norm(x[:, num_text:]).to(text.dtype))  # b n c
+        velocity = self.final_linear(self.final_norm(x[:, num_text:])).to(hidden_states.dtype)  # b n c
         return (velocity, _info(lune, sol)) if return_expert_pred else velocity
 
-    def _vector(self, time: Tensor, pooled: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the time and the pooled texts as one vector `b d`, float32."""
-        clip = self.vector_in(pooled).float()
+    def _steering(
+        self,
+        text: Text,
+        times: Tensor,
+        guidance: Tensor | None,
+        taught: TeacherValues,
+        use: ExpertUse,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, LuneOutput | None, SolOutput | None]:
+        """Return the condition of all blocks `b d`, float32, and what the predictors say."""
+        time = self.time_in(times)
+        pooled = _mean(text) if text.pooled is None else text.pooled.float()
+        vector = time + self._text_vector(text, pooled)
+        z = torch.cat((time, pooled), dim=-1)
+        lune, sol = None, None
+        if self.lune_predictor is not None and use.lune:
+            lune = self.lune_predictor(z, taught.lune_features, use.lune_present, generator)
+            vector = vector + lune.signal
+        if self.sol_prior is not None and use.sol:
+            sol = self.sol_prior(z, times, taught.sol_stats, taught.sol_spatial, use.sol_present)
+        if self.guidance_in is not None and guidance is not None:
+            vector = vector + self.guidance_in(guidance)
+        return vector, lune, sol
+
+    def _text_vector(self, text: Text, pooled: Tensor) -> Tensor:
+        """Return the pooled vector and the tokens, weighted by their own means, as one vector `b d`."""
+        clip: Tensor = self.vector_in(pooled)
         if self.t5_pool is None or self.text_balance is None:
-            return time.float() + clip
-        scores = text.float().mean(dim=-1)  # b m
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        weighted = torch.einsum("bm,bmk->bk", scores.softmax(dim=-1), text.float())
-        t5 = self.t5_pool(weighted.to(text.dtype)).float()
-        balance = at_use(self.text_balance, time).sigmoid()
-        return time.float() + torch.lerp(t5, clip, balance)
+            return clip
+        scores = text.tokens.float().mean(dim=-1)  # b m
+        if text.mask is not None:
+            scores = scores.masked_fill(~text.mask, -torch.inf)
+        t5 = self.t5_pool(torch.einsum("bm,bmk->bk", scores.softmax(dim=-1), text.tokens.float()))
+        return torch.lerp(t5, clip, at_use(self.text_balance, clip).sigmoid())
 
     def _turns(
         self,
@@ -229,12 +243,12 @@ def _run_blocks(
     return x
 
 
-def _mean(text: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean of the real tokens, `b k` in the dtype of text `b m k`."""
-    if mask is None:
-        return text.float().mean(dim=1).to(text.dtype)
-    weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp_min(1)
-    return torch.einsum("bm,bmk->bk", weights, text.float()).to(text.dtype)
+def _mean(text: Text) -> Tensor:
+    """Return the mean of the real tokens, `b k`, float32."""
+    if text.mask is None:
+        return text.tokens.float().mean(dim=1)
+    weights = text.mask / text.mask.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.einsum("bm,bmk->bk", weights, text.tokens.float())
 
 
 def _key_mask(mask: Tensor, num_image: int) -> Tensor:
@@ -244,18 +258,18 @@ def _key_mask(mask: Tensor, num_image: int) -> Tensor:
 
 def _info(lune: LuneOutput | None, sol: SolOutput | None) -> Info:
     """Return the predictors' outputs in the original's form."""
-    return {
-        "lune": lune
-        and {
+    info: Info = {"lune": None, "sol": None}
+    if lune is not None:
+        info["lune"] = {
             "expert_signal": lune.signal,
             "expert_pred": lune.predicted,
             "expert_used": "real" if lune.has_teacher else "predicted",
-        },
-        "sol": sol
-        and {
+        }
+    if sol is not None:
+        info["sol"] = {
             "temperature": sol.temperature,
             "spatial_importance": sol.importance,
             "pred_stats": sol.predicted_stats,
             "pred_spatial": sol.predicted_spatial,
-        },
-    }
+        }
+    return info

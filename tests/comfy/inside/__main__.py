@@ -5,12 +5,25 @@ Prints one JSON object: the name of each check, and null or what went wrong.
 
 import argparse
 import asyncio
+import importlib
 import json
 import sys
 import time
 import traceback
 from pathlib import Path
 from types import ModuleType
+
+
+# In this order: utils before nodes, whose path hides that package. ComfyUI's own nodes load config_parser.
+PARTS = (
+    "utils.extra_config",
+    "folder_paths",
+    "nodes",
+    "server",
+    "comfy.sd",
+    "comfy_api.latest",
+    "comfy_config.config_parser",
+)
 
 
 def start_comfyui(comfyui: Path, base: Path) -> None:
@@ -22,14 +35,8 @@ def start_comfyui(comfyui: Path, base: Path) -> None:
     args.cpu = True
     args.use_pytorch_cross_attention = True  # as on accelerators; the server's tests use the CPU's default
     args.base_directory = str(base)
-    import comfy.sd  # noqa: F401
-    import comfy_api.latest  # noqa: F401
-    import comfy_config.config_parser  # noqa: F401 - ComfyUI's own nodes have it loaded by then
-    import folder_paths  # noqa: F401
-    import server  # noqa: F401
-    import utils.extra_config  # noqa: F401 - before nodes, whose path hides this package
-
-    import nodes  # noqa: F401
+    for name in PARTS:
+        importlib.import_module(name)
 
 
 def load_extension(link: Path) -> tuple[ModuleType, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowcore.errors import CheckpointError
 from flowcore.inspection import convert_file
-from flowcore.models import ARCHITECTURES, detect, find_architecture, find_layout
+from flowcore.models import detect, find_architecture, find_layout
 from flowcore.models.tinyflux import PRESETS, TinyFlux
 from flowcore.models.tinyflux.layouts import (
     current_to_version_3,
@@ -35,14 +35,6 @@ def version_3_state() -> dict[str, Tensor]:
 def test_prefixes_are_found(prefix: str) -> None:
     row, found = detect([prefix + name for name in TinyFlux(CONFIG, device="meta").state_dict()])
     assert (row.name, found) == ("tinyflux", prefix)
-
-
-@pytest.mark.parametrize("name", [row.name for row in ARCHITECTURES])
-def test_no_architecture_is_taken_for_another(name: str) -> None:
-    row = find_architecture(name)
-    keys = row.model(row.presets["tiny"], device="meta").state_dict().keys()
-    assert [other.name for other in ARCHITECTURES if other.is_match(keys)] == [name]
-    assert detect(keys)[0].name == name
 
 
 @torch.no_grad()
