@@ -48,7 +48,7 @@ class AdaNorm(nn.Module):
     def __init__(self, dim: int, num_vectors: int, *, ops: Ops, **where: Any) -> None:
         super().__init__()
         self.num_vectors = num_vectors
-        self.linear = ops.linear(dim, num_vectors * dim, **where)
+        self.linear = ops.float_linear(dim, num_vectors * dim, **where)
         self.norm = RMSNorm(dim, where.get("device"))
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

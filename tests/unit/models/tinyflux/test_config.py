@@ -11,7 +11,7 @@ from torch import Tensor
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.models.tinyflux import PRESETS, TinyFlux, TinyFluxConfig, infer_config
 from flowcore.models.tinyflux.config import config_differences, published_config
-from tests.unit.models.tinyflux.test_model import BARE, CONFIG
+from tests.unit.models.tinyflux.small import BARE, CONFIG
 
 # What the shapes do not tell has the default here.
 VARIANTS = {

@@ -20,7 +20,7 @@ from flowcore.models.tinyflux.layouts import (
 )
 from flowcore.weights.checkpoint import build_model, load_model, read_tensors
 from tests.support import FORWARD_LIMIT, assert_close
-from tests.unit.models.tinyflux.test_model import BARE, CONFIG, inputs, random_model
+from tests.unit.models.tinyflux.small import BARE, CONFIG, inputs, random_model
 
 V3 = PRESETS["tinyflux-deep-v3"]
 OLD = BARE.__class__(**{**BARE.to_dict(), "axes_dims_rope": BARE.axes_dims_rope, "use_lune_expert": True})

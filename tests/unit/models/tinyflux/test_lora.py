@@ -22,7 +22,7 @@ from flowcore.models.tinyflux.lora import (
 )
 from flowcore.weights.lora import merged_tensors, parse_lora
 from tests.support import FORWARD_LIMIT, assert_close
-from tests.unit.models.tinyflux.test_model import random_model
+from tests.unit.models.tinyflux.small import random_model
 
 LAYER = "double_blocks.0.attn.img_qkv"
 

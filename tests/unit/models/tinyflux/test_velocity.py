@@ -9,7 +9,7 @@ from flowcore.errors import ShapeError
 from flowcore.models import find_architecture
 from flowcore.models.tinyflux import velocity, velocity_and_experts, zero_conditioning
 from tests.support import FORWARD_LIMIT, assert_close
-from tests.unit.models.tinyflux.test_model import inputs, random_model, teachers
+from tests.unit.models.tinyflux.small import inputs, random_model, teachers
 
 
 def told(**extras: Tensor) -> Conditioning:
