@@ -178,9 +178,10 @@ def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
         old = {"expert_dim": "lune_expert_dim", "expert_hidden_dim": "lune_hidden_dim"}
         old["expert_dropout"] = "lune_dropout"
         found.update({new: values[name] for name, new in old.items() if name in values})
-    if "use_sol_prior" not in values:  # version 3, which knows neither
-        found |= {"use_lune_expert": bool(values["use_expert_predictor"])}
-        found |= {"use_sol_prior": False, "use_t5_vec": False}
+    if "use_sol_prior" not in values:  # version 3 knows neither, and embeds guidance only without an expert
+        has_expert = bool(values["use_expert_predictor"])
+        found |= {"use_lune_expert": has_expert, "use_sol_prior": False, "use_t5_vec": False}
+        found["guidance_embeds"] = not has_expert and found.get("guidance_embeds", False)
     return found
 
 
