@@ -13,7 +13,6 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-
 # In this order: utils before nodes, whose path hides that package. ComfyUI's own nodes load config_parser.
 PARTS = (
     "utils.extra_config",
@@ -29,7 +28,6 @@ PARTS = (
 def start_comfyui(comfyui: Path, base: Path) -> None:
     """Import ComfyUI's parts in its own order, without its command line and without an accelerator."""
     sys.path.insert(0, str(comfyui))
-    import comfy.options
     from comfy.cli_args import args
 
     args.cpu = True
