@@ -101,6 +101,8 @@ def test_the_template_is_listed_and_served(server: Server) -> None:
     assert "xut_text_to_image" in names
     served = server.get(f"/api/workflow_templates/{LINK_NAME}/xut_text_to_image.json")
     assert {entry["type"] for entry in served["nodes"]} >= {"FlowCoreLoadModel", "KSampler", "MarkdownNote"}
+    thumbnail = server.get_bytes(f"/api/workflow_templates/{LINK_NAME}/xut_text_to_image.jpg")
+    assert Image.open(io.BytesIO(thumbnail)).size == (512, 512)
 
 
 def custom_sampler(prompt: Prompt, *, sigmas: dict[str, Any]) -> Prompt:
