@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from flowcore.errors import ConfigError
 
@@ -125,9 +124,9 @@ def describe(kind: type[BaseModel], err: ValidationError, source: str, assigned:
     return f"{place}{text}, got {shown}{remedy}"
 
 
-def _rule(problem: ErrorDetails) -> str:
+def _rule(problem: Mapping[str, Any]) -> str:
     """What a value must be, as `must ...`."""
-    message = _RULES.get(problem["type"], problem["msg"])
+    message: str = _RULES.get(problem["type"], problem["msg"])
     return message.removeprefix("Value error, ").replace("Input should ", "must ")
 
 

@@ -38,7 +38,7 @@ def cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Ou
 def load(weights: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
     """The model of weights, on the path of users' files; only what shapes do not tell is stated."""
     config = model_config(metadata)
-    stated = {name: config[name] for name in ("axes_dim", "theta")}
+    stated = {name: config[name] for name in ("axes_dim", "theta", "mlp_ratio", "qkv_bias")}
     return build_model(
         weights,
         {"flowcore.config": json.dumps(stated)},

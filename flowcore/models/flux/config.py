@@ -88,9 +88,12 @@ class FluxConfig:
                 f"a Flux configuration must state {', '.join(missing)}, got {', '.join(values)}"
             )
         for name, value in values.items():
-            numbers = value if name == "axes_dim" and isinstance(value, list | tuple) else [value]
-            if not all(isinstance(number, int | float) for number in numbers):
-                raise ConfigError(f"{name} must be a number (axes_dim a list of them), got {value!r}")
+            is_list = isinstance(value, list | tuple)
+            numbers = value if is_list else [value]
+            kind, what = (float, "finite") if name in ("mlp_ratio", "theta") else (int, "whole")
+            is_usable = all(isinstance(n, int | kind) and math.isfinite(n) for n in numbers)
+            if not is_usable or is_list != (name == "axes_dim"):
+                raise ConfigError(f"{name} must be a {what} number (axes_dim a list of them), got {value!r}")
         return cls(**{**values, "axes_dim": tuple(values["axes_dim"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +205,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             "context_in_dim": reader.shape("txt_in.weight", axes=2)[1],
             "hidden_size": hidden_size,
             "num_heads": hidden_size // head_dim,
-            "mlp_ratio": _mlp_ratio(mlp_dim, hidden_size),
+            "mlp_ratio": _mlp_ratio(mlp_dim, hidden_size, stored.get("mlp_ratio")),
             "depth": depth,
             "depth_single_blocks": depth_single,
             "axes_dim": _axes_dim(stored, head_dim),
@@ -232,8 +235,10 @@ def _axes_dim(stored: Mapping[str, Any], head_dim: int) -> Any:  # noqa: ANN401 
     )
 
 
-def _mlp_ratio(mlp_dim: int, hidden_size: int) -> float:
-    """Return the ratio that gives the width under the reference's rounding down."""
+def _mlp_ratio(mlp_dim: int, hidden_size: int, stored: object) -> float:
+    """Return a ratio that gives the width under the reference's rounding down: the stored one if it does."""
+    if isinstance(stored, int | float) and hidden_size * stored // 1 == mlp_dim:
+        return stored
     ratio = mlp_dim / hidden_size
     return ratio if int(hidden_size * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 

@@ -82,6 +82,13 @@ def test_config_of_diffusers_tells_the_axes() -> None:
     assert inferred == replace(TINY, axes_dim=(2, 6, 8), theta=10_000)
 
 
+def test_ratio_is_the_stated_one_if_it_gives_the_width() -> None:
+    tensors = meta_tensors(replace(TINY, mlp_ratio=3.3))  # 158 wide
+    assert infer_config(tensors, stated(axes_dim=[8, 8], mlp_ratio=3.3)).mlp_ratio == 3.3
+    for other in (4.0, "wide", float("nan")):
+        assert infer_config(tensors, stated(axes_dim=[8, 8], mlp_ratio=other)).mlp_dim == 158
+
+
 def test_unknown_axes_are_asked_for() -> None:
     with pytest.raises(CheckpointError, match="must state axes_dim for heads of 16 channels, got none"):
         infer_config(meta_tensors(TINY))
@@ -124,8 +131,12 @@ def test_unusable_tensors_are_named(name: str, shape: tuple[int, ...] | None, me
             "axes_dim must add up to the head width hidden_size / num_heads = 16, got [8, 6]",
         ),
         ({"axes_dim": [5, 11]}, "every entry of axes_dim must be even, got [5, 11]"),
-        ({"axes_dim": "8, 8"}, "axes_dim must be a number (axes_dim a list of them), got '8, 8'"),
-        ({"theta": None}, "theta must be a number"),
+        ({"axes_dim": "8, 8"}, "axes_dim must be a whole number (axes_dim a list of them), got '8, 8'"),
+        ({"axes_dim": 16}, "axes_dim must be a whole number (axes_dim a list of them), got 16"),
+        ({"depth": [2]}, "depth must be a whole number (axes_dim a list of them), got [2]"),
+        ({"theta": None}, "theta must be a finite number"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be a finite number"),
+        ({"hidden_size": 48.0}, "hidden_size must be a whole number (axes_dim a list of them), got 48.0"),
         ({"theta": 0}, "theta must be positive, got 0"),
         ({"depth": -1}, "depth must be at least 0, got -1"),
         ({"depth": 0, "depth_single_blocks": 0}, "depth and depth_single_blocks must not both be 0"),
