@@ -199,3 +199,10 @@ def test_weight_decay_shrinks_weights_without_gradient() -> None:
     optimizers.step(1.0, torch.amp.GradScaler("cpu", enabled=False))
     assert torch.allclose(module.weight, before * (1 - 0.1 * 0.5))
     assert math.isclose(optimizers.plans[0].weight_decay, 0.5)
+
+
+def test_warmup_in_half_a_wave() -> None:
+    factors = [
+        lr_multiplier("constant", s, steps=100, warmup_steps=10, warmup="cosine") for s in (0, 5, 9, 10)
+    ]
+    assert factors == pytest.approx([0.0, 0.5, 0.97553, 1.0], abs=1e-5)
