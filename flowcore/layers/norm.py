@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) over the last axis, in float32 whatever the dtype of x."""
-    return functional.rms_norm(x.float(), (x.shape[-1],), eps=eps)
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, times weight, float32 whatever the dtype of x."""
+    return functional.rms_norm(x.float(), (x.shape[-1],), weight, eps)
 
 
 def at_use(parameter: Tensor, like: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ _DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+SUPPORTED = ("xut",)
+"""Architectures with a network for ComfyUI."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, float32."""
-        return rms_norm(x, EPS) * self.scale.to(device=x.device, dtype=torch.float32)
+        return rms_norm(x, EPS, self.scale.to(device=x.device, dtype=torch.float32))
 
 
 class QKNorm(nn.Module):
