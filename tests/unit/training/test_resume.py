@@ -1,5 +1,6 @@
 """Runs that are killed or stopped at any moment and started again end like one that was left alone."""
 
+import contextlib
 import json
 import os
 import random
@@ -68,7 +69,8 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(workplace: Path) 
         process = start(workplace, "killed", f"cache.dir={workplace.parent / 'killed-cache'}")
         process.wait_for(lambda goal=goal: steps_logged(folder) >= goal)
         time.sleep(chance.random() * 0.2)
-        process.signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+            process.signal(signal.SIGKILL)
         assert process.wait() in (-signal.SIGKILL, 0)
     assert start(workplace, "killed", f"cache.dir={workplace.parent / 'killed-cache'}").wait() == 0
     assert_like_whole(workplace, "killed")
