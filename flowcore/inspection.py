@@ -39,7 +39,8 @@ def describe_file(path_or_name: str | Path) -> dict[str, Any]:
 def convert_file(source: str | Path, target: str | Path, layout: str) -> str:
     """Write a model's tensors under the names of a layout; return one line on what was written.
 
-    layout: "bare" for the architecture's own names, else one of its prefixes, such as "diffusion_model".
+    layout: "bare" for the architecture's own names, one of its prefixes, such as "diffusion_model", or one of
+        its layouts that can be written, such as "diffusers".
     Raises: CheckpointError if the source is no model; ConfigError for an unknown layout, with the known ones.
     """
     path = resolve(source)
@@ -47,22 +48,25 @@ def convert_file(source: str | Path, target: str | Path, layout: str) -> str:
         raise ConfigError(f"the output must be another file than the input, got {target} for both")
     tensors, metadata = read_tensors(path)
     loaded = build_model(tensors, metadata, source=path.name)
-    names = layouts_of(loaded.architecture)
-    if layout not in names:
-        raise ConfigError(f"the layout must be one of {', '.join(names)}, got {layout!r}")
+    prefixes = layouts_of(loaded.architecture)
+    exports = {found.name: found.export for found in loaded.architecture.layouts if found.export is not None}
+    if layout not in prefixes and layout not in exports:
+        raise ConfigError(f"the layout must be one of {', '.join((*prefixes, *exports))}, got {layout!r}")
     state = loaded.model.state_dict()
+    if layout in exports:
+        state = exports[layout](state, loaded.config)
+    else:
+        state = {prefixes[layout] + key: tensor for key, tensor in state.items()}
     stated = {
         "flowcore.arch": loaded.architecture.name,
         "flowcore.config": json.dumps(loaded.config.to_dict()),
     }
-    write_tensors(
-        target, {names[layout] + key: tensor for key, tensor in state.items()}, {**loaded.metadata, **stated}
-    )
+    write_tensors(target, state, {**loaded.metadata, **stated})
     return f"{target}: {loaded.architecture.name}, {len(state)} tensors, layout {layout}"
 
 
 def layouts_of(architecture: Architecture) -> dict[str, str]:
-    """Return the layouts that can be written, with the prefix of each."""
+    """Return the layouts that differ in a prefix alone, with the prefix of each."""
     return {prefix.rstrip(".") or BARE: prefix for prefix in architecture.prefixes}
 
 

@@ -47,6 +47,8 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
     """
     architecture, model_config = prepare_model(config)
     for key, name in (("vae", config.encoders.vae), ("text", config.encoders.text)):
+        if name is None and config.model.preset != "tiny":
+            raise ConfigError(f"encoders.{key} must be named for preset {config.model.preset!r}, got none")
         if name not in (None, "pixels", "bytes"):
             _resolve(f"encoders.{key}", str(name))
     if config.model.weights is not None:
@@ -80,11 +82,27 @@ def prepare_model(config: RunConfig) -> tuple[Architecture, Any]:
             table = table.get(part) if isinstance(table, dict) else None
         if not isinstance(table, dict):
             raise ConfigError(f"model.overrides: {path!r} must name a field of preset {model.preset!r}")
+        _check_kind(f"model.overrides.{path}", table.get(last), value)
         table[last] = value
     try:
         return architecture, architecture.config_from_dict(fields)
-    except (ConfigError, TypeError, AttributeError) as err:
-        raise ConfigError(f"model.overrides: {err}; got {model.overrides}") from err
+    except (ConfigError, TypeError) as err:
+        raise ConfigError(f"model.overrides: {err}") from err
+
+
+def _check_kind(key: str, preset: object, value: object) -> None:
+    """Raises: ConfigError if an override is of another kind than the preset's number, switch or name."""
+    kinds: dict[type, tuple[tuple[type, ...], str]] = {
+        bool: ((bool,), "true or false"),
+        int: ((int, list), "a whole number"),
+        float: ((int, float), "a number"),
+        str: ((str,), "a name"),
+    }
+    if type(preset) not in kinds:
+        return
+    allowed, words = kinds[type(preset)]
+    if type(value) not in allowed:
+        raise ConfigError(f"{key} must be {words} as in the preset ({preset!r}), got {value!r}")
 
 
 def build_model(prepared: Prepared) -> nn.Module:

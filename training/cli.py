@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         """Prints the error and leaves with the exit code of unusable input."""
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split():
-            option = word.partition("=")[0]
+            option = word.partition("=")[0].rstrip(":")
             near = difflib.get_close_matches(option, known, n=1)
             if option.startswith("-") and option not in known and near:
                 message += f"; nearest valid option is {near[0]}"

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import sys
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from flowcore.errors import ConfigError
+from training.config_file import assign, describe, read_table
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+CELL = 8
+"""Pixels of an image that one latent cell stands for, on a side."""
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+DEVICES = frozenset(
+    {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+)
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Strict(BaseModel):
     """Table without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"must not be true or false, got {value}")
+        return value
 
 
 class Output(Strict):
@@ -37,9 +54,23 @@ class Output(Strict):
     @field_validator("name")
     @classmethod
     def _plain(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        is_plain = re.fullmatch(r"[\w.-]+", name) and name.strip(".") == name
+        if not is_plain or _is_reserved(name):
             raise ValueError("must be a plain folder name of letters, digits, '-', '_' and '.'")
         return name
+
+
+def _is_reserved(name: str) -> bool:
+    """Whether Windows takes a name for a device, whatever its ending."""
+    return PureWindowsPath(name).stem.partition(".")[0].upper() in DEVICES
+
+
+def _multiple_of(step: int, size: int) -> int:
+    """`size` itself. Raises: ValueError that names the nearest multiples if it is none."""
+    if size < step or size % step:
+        low = max(step, size // step * step)
+        raise ValueError(f"must be a multiple of {step}, got {size}; nearest are {low} and {low + step}")
+    return size
 
 
 class Model(Strict):
@@ -66,6 +97,11 @@ class Buckets(Strict):
     resolution: int = Field(256, ge=16, le=8192)
     multiple: int = Field(16, ge=8, le=512)
     max_aspect: float = Field(2.0, ge=1.0, le=8.0)
+
+    @field_validator("multiple")
+    @classmethod
+    def _whole_cells(cls, multiple: int) -> int:
+        return _multiple_of(CELL, multiple)
 
     @model_validator(mode="after")
     def _divisible(self) -> Buckets:
@@ -156,7 +192,7 @@ class Optimizer(Strict):
     lr: float = Field(1e-4, gt=0)
     rule: Literal["constant", "fan_in"] = "constant"
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     groups: tuple[Group, ...] = ()
 
 
@@ -193,6 +229,11 @@ class Sampling(Strict):
     seed: int = Field(0, ge=0)
     size: tuple[int, int] | None = None
 
+    @field_validator("size")
+    @classmethod
+    def _whole_cells(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        return size and (_multiple_of(CELL, size[0]), _multiple_of(CELL, size[1]))
+
 
 class Logging(Strict):
     """What is written while training."""
@@ -220,7 +261,7 @@ class LoopConfig(Strict):
     @property
     def folder(self) -> Path:
         """Folder that holds everything of the run."""
-        return Path(self.output.dir) / self.output.name
+        return Path(self.output.dir).expanduser() / self.output.name
 
 
 class RunConfig(LoopConfig):
@@ -233,13 +274,6 @@ class RunConfig(LoopConfig):
     data: Data = Data()
     cache: Cache = Cache()
 
-    @model_validator(mode="after")
-    def _encoders_named(self) -> RunConfig:
-        for key, value in (("vae", self.encoders.vae), ("text", self.encoders.text)):
-            if value is None and self.model.preset != "tiny":
-                raise ValueError(f"encoders.{key} must be named for preset {self.model.preset!r}")
-        return self
-
 
 class PartConfig(LoopConfig):
     """A run that makes one of the demo's own parts, autoencoder or text encoder, from the same folders."""
@@ -251,113 +285,21 @@ class PartConfig(LoopConfig):
 ConfigT = TypeVar("ConfigT", bound=LoopConfig)
 
 
-def load_config(kind: type[ConfigT], path: Path, assignments: list[str]) -> ConfigT:
+def load_config(kind: type[ConfigT], path: Path, assignments: Sequence[str]) -> ConfigT:
     """Validated configuration from a YAML or TOML file and `key.path=value` assignments.
 
     Raises: ConfigError in one line that names file, key, the value got and what is allowed.
     """
-    table = _read_table(path)
-    for assignment in assignments:
-        _assign(kind, table, assignment)
-    return validate(kind, table, str(path))
+    table = read_table(path)
+    assigned = [assign(kind, table, assignment) for assignment in assignments]
+    return validate(kind, table, str(path), assigned)
 
 
-def validate(kind: type[ConfigT], table: dict[str, Any], source: str) -> ConfigT:
-    """Configuration from a table; errors name `source` and the key."""
+def validate(
+    kind: type[ConfigT], table: dict[str, Any], source: str, assigned: Sequence[str] = ()
+) -> ConfigT:
+    """Configuration from a table. Raises: ConfigError that names `source`, or --set, and the key."""
     try:
         return kind.model_validate(table)
     except ValidationError as err:
-        raise ConfigError(f"{source}: {_describe(kind, err)}") from err
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as err:
-        raise ConfigError(f"{path}: configuration must exist; no such file") from err
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: configuration must be readable UTF-8 text ({err})") from err
-    try:
-        table = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as err:
-        reason = " ".join(str(err).split())[:200]
-        raise ConfigError(f"{path}: configuration must be valid YAML or TOML ({reason})") from err
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: configuration must be a table of sections, got {type(table).__name__}")
-    return table
-
-
-def _assign(kind: type[LoopConfig], table: dict[str, Any], assignment: str) -> None:
-    name, equals, text = assignment.partition("=")
-    if not equals:
-        raise ConfigError(f"--set must have the form key.path=value, got {assignment!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"--set {name}: value must be a YAML scalar or list, got {text!r}") from err
-    *parents, last = name.split(".")
-    node: Any = table
-    for part in parents:
-        node = _child(node, part, name, kind)
-    _put(node, last, value, name, kind)
-
-
-def _child(node: Any, part: str, name: str, kind: type[LoopConfig]) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, name)]
-    if not isinstance(node, dict):
-        raise ConfigError(f"--set {name}: {part!r} must lie in a section{_suggest(kind, name)}")
-    if node.get(part) is None:
-        node[part] = {}
-    return node[part]
-
-
-def _put(node: Any, last: str, value: Any, name: str, kind: type[LoopConfig]) -> None:
-    if isinstance(node, list):
-        node[_index(node, last, name)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ConfigError(f"--set {name}: {last!r} must lie in a section{_suggest(kind, name)}")
-
-
-def _index(node: list[Any], part: str, name: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"--set {name}: {part!r} must be a number below {len(node)}")
-    return int(part)
-
-
-def _describe(kind: type[LoopConfig], err: ValidationError) -> str:
-    """First problem of a validation error in one line."""
-    problem = err.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"]) or "configuration"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {name}{_suggest(kind, name)}"
-    if problem["type"] == "missing":
-        return f"{name} must be given"
-    message = problem["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
-    return f"{name}: {message}{'' if 'got' in message else got}"[:400]
-
-
-def _suggest(kind: type[LoopConfig], name: str) -> str:
-    """The nearest valid key, as the end of a sentence."""
-    plain = re.sub(r"\.\d+(?=\.|$)", "", name)
-    near = difflib.get_close_matches(plain, key_paths(kind), n=1, cutoff=0.4)
-    return f"; nearest valid key is {near[0]}" if near else ""
-
-
-def key_paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of a configuration as a dotted path (items of lists without their number)."""
-    paths = []
-    for name, field in kind.model_fields.items():
-        paths.append(prefix + name)
-        for table in _tables(field.annotation):
-            paths += key_paths(table, f"{prefix}{name}.")
-    return paths
-
-
-def _tables(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [table for part in get_args(annotation) for table in _tables(part)]
+        raise ConfigError(describe(kind, err, source, assigned)) from err

@@ -98,8 +98,8 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed writer left at any depth (names that start with `.tmp-`)."""
-    for path in sorted(folder.rglob(".tmp-*")):
+    """Deletes what a killed writer left at any depth: names that start with `.tmp`."""
+    for path in sorted(folder.rglob(".tmp*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -23,13 +23,17 @@ def fan_in(shape: Sequence[int]) -> int:
     return math.prod(shape) if len(shape) < 2 else math.prod(shape[1:])
 
 
-def lr_multiplier(name: str, step: int, *, steps: int, warmup_steps: int = 0, minimum: float = 0.0) -> float:
-    """Factor on every learning rate at `step` (from 0), after a linear warm-up, of a curve of `steps` steps.
+def lr_multiplier(
+    name: str, step: int, *, steps: int, warmup_steps: int = 0, minimum: float = 0.0, warmup: str = "linear"
+) -> float:
+    """Factor on every learning rate at `step` (from 0), after a warm-up, of a curve of `steps` steps.
 
-    constant stays at 1; linear and cosine fall to `minimum` at `steps` and stay there.
+    constant stays at 1; linear and cosine fall to `minimum` at `steps` and stay there. The warm-up rises from
+    0 in a straight line, or with warmup `cosine` in half a wave.
     """
     if step < warmup_steps:
-        return step / warmup_steps
+        share = step / warmup_steps
+        return 0.5 * (1 - math.cos(math.pi * share)) if warmup == "cosine" else share
     if name == "constant":
         return 1.0
     length = steps - warmup_steps
@@ -124,18 +128,26 @@ class OptimizerSet:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Optimizer state as named tensors: `<optimizer>.<parameter number>.<name>`."""
-        tensors = {}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                for name, value in state.items():
-                    tensors[f"{number}.{index}.{name}"] = torch.as_tensor(value)
-        return tensors
+        return {
+            f"{number}.{index}.{name}": torch.as_tensor(value)
+            for number, optimizer in enumerate(self.optimizers)
+            for index, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+            if value is not None
+        }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `state_tensors` gave; group settings stay those of the configuration."""
+        """Puts back what `state_tensors` gave; group settings stay those of the configuration.
+
+        Raises: LookupError, ValueError if the tensors are those of other parameters or optimizers.
+        """
+        parameters = [[p for g in o.param_groups for p in g["params"]] for o in self.optimizers]
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for path, value in tensors.items():
             number, index, name = path.split(".", 2)
+            shape = parameters[int(number)][int(index)].shape
+            if value.ndim and value.shape != shape:
+                raise ValueError(f"{path} of shape {tuple(value.shape)} for a parameter of {tuple(shape)}")
             states[int(number)].setdefault(int(index), {})[name] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from flowcore.conditioning import Conditioning
+from flowcore.ops import DEFAULT_RUNTIME, Runtime, run_checkpointed
 from training.assemble import Prepared
-from training.config import RunConfig
-from training.data.buckets import Bucket
+from training.config import CELL, RunConfig
+from training.data.buckets import Bucket, crop_and_zoom
 from training.optim import plan_groups
 
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
-DOWNSCALE, TEXT_TOKENS = 8, 64
+TEXT_TOKENS = 64
+HALF_SHARE = 0.6
+"""Saved tensors under mixed precision: products are in 16 bits, norms and the residual stream in 32."""
+MAX_CROP, MAX_ZOOM = 1 / 3, 1.5
 
 
 def make_plan(prepared: Prepared) -> dict[str, Any]:
@@ -61,21 +65,19 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
     config, model_config = prepared.config, prepared.model_config
     batch = config.train.micro_batch_size or config.train.batch_size
     channels = prepared.architecture.latent_channels(model_config)
-    height, width = bucket.height // DOWNSCALE, bucket.width // DOWNSCALE
+    height, width = bucket.height // CELL, bucket.width // CELL
     latents = torch.empty(batch, channels, height, width, device="meta")
     context = torch.empty(batch, min(TEXT_TOKENS, model_config.ctx_size), model_config.ctx_dim, device="meta")
     extras = prepared.architecture.size_extras(model_config, width, height)
     conditioning = Conditioning(context=context, extras={k: v.to("meta") for k, v in extras.items()})
-    own = {p.data_ptr() for p in module.parameters()} | {id(p) for p in module.parameters()}
-    seen: dict[int, int] = {}
+    own = {_address(parameter) for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own:
-            seen[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-            kept.append(tensor)
+        if _address(tensor) not in own:
+            kept[_address(tensor)] = tensor
         return tensor
 
-    kept: list[Tensor] = []
     module.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         prepared.architecture.velocity(
@@ -84,10 +86,17 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
             torch.empty(batch, device="meta"),
             conditioning.expand(batch),
             generator=torch.Generator(),
-            tread_rate=0.0,
+            runtime=Runtime(run_block=run_checkpointed)
+            if config.train.gradient_checkpointing
+            else DEFAULT_RUNTIME,
         )
-    scale = 1 if config.precision == "float32" else 0.6
-    return int(sum(seen.values()) * scale)
+    scale = 1 if config.precision == "float32" else HALF_SHARE
+    return int(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * scale)
+
+
+def _address(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, on the meta device, too."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _warnings(config: RunConfig, buckets: Counter[Bucket], prepared: Prepared) -> list[str]:
@@ -97,6 +106,16 @@ def _warnings(config: RunConfig, buckets: Counter[Bucket], prepared: Prepared) -
         for b, n in sorted(buckets.items())
         if n < config.train.batch_size
     ]
+    fits = [
+        crop_and_zoom(sample.width, sample.height, bucket)
+        for sample, bucket in zip(prepared.samples, prepared.buckets, strict=True)
+    ]
+    cropped = sum(crop > MAX_CROP for crop, _ in fits)
+    if cropped:
+        lines.append(f"{cropped} images lose more than a third of their area; raise buckets.max_aspect")
+    enlarged = sum(zoom > MAX_ZOOM for _, zoom in fits)
+    if enlarged:
+        lines.append(f"{enlarged} images are enlarged more than {MAX_ZOOM} times; lower buckets.resolution")
     if prepared.rejects:
         lines.append(f"{len(prepared.rejects)} files are left out; they will be listed in rejects.csv")
     if config.model.weights is None and config.model.preset != "tiny":

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -77,10 +78,8 @@ def newest_checkpoint(folder: Path, warnings: list[str]) -> Checkpoint | None:
         except CheckpointError as err:
             warnings.append(f"warning: {err}; trying an older one")
     if folders:
-        names = ", ".join(path.name for path in folders[:5])
-        raise CheckpointError(
-            f"{folder}: every checkpoint ({names}) is damaged; remove the folder to start over"
-        )
+        names = ", ".join(path.name for path in folders[:3])
+        raise CheckpointError(f"{folder}: every checkpoint is damaged ({names}); remove it to start over")
     return None
 
 
@@ -90,19 +89,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises: CheckpointError that names the damaged file.
     """
     try:
-        body, _, checksum = (path / _MANIFEST).read_text(encoding="utf-8").rpartition("\n")
-        if hashlib.sha256(body.encode()).hexdigest() != checksum:
-            raise CheckpointError(f"{path}: {_MANIFEST} does not match its checksum")
-        manifest = json.loads(body)
-        for name, expected in manifest["files"].items():
-            if sha256(path / name) != expected:
-                raise CheckpointError(f"{path}: {name} does not match its checksum")
-        return Checkpoint(path, int(manifest["step"]), manifest["facts"])
+        manifest = _parse_manifest((path / _MANIFEST).read_text(encoding="utf-8"))
+        files, step, facts = dict(manifest["files"]), int(manifest["step"]), manifest["facts"]
+        differing = [name for name, expected in files.items() if sha256(path / name) != expected]
     except OSError as err:
         missing = Path(err.filename).name if err.filename else "a file"
         raise CheckpointError(f"{path}: {missing} cannot be read ({err.strerror})") from err
-    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}: {_MANIFEST} is not a manifest ({err})") from err
+    except (LookupError, ValueError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({err})") from err
+    if differing:
+        raise CheckpointError(f"{path}: {differing[0]} does not match its checksum")
+    return Checkpoint(path, step, facts)
+
+
+def _parse_manifest(text: str) -> dict[str, Any]:
+    """The manifest's table. Raises: ValueError if the checksum in its last line is not that of the rest."""
+    body, _, checksum = text.rpartition("\n")
+    if hashlib.sha256(body.encode()).hexdigest() != checksum:
+        raise ValueError("it does not match its checksum")
+    table: dict[str, Any] = json.loads(body)
+    return table
 
 
 def _need_space(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -5,15 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) over the last axis, in float32 whatever the dtype of x."""
-    x = x.float()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # torch's own norm writes the squares to memory here.
-        square: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-        return x * (square / x.shape[-1] + eps).rsqrt()
-    result: Tensor = functional.rms_norm(x, (x.shape[-1],), eps=eps)
-    return result
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, times weight, float32 whatever the dtype of x."""
+    return functional.rms_norm(x.float(), (x.shape[-1],), weight, eps)
 
 
 def at_use(parameter: Tensor, like: Tensor) -> Tensor:

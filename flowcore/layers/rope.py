@@ -1,5 +1,6 @@
 """Rotary position embedding: pairs of neighbouring channels turned by position-dependent angles."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,25 @@ def axial_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
     places = rearrange(positions.float(), "b n a -> b 1 n 1 a")
     angles = places * rearrange(frequencies.float(), "nh f a -> nh 1 f a")
     return rearrange(angles, "b nh n f a -> b nh n (f a)")
+
+
+def position_rotation(positions: Tensor, widths: Sequence[int], theta: float) -> Rotation:
+    """Return the rotation at positions of several axes; each axis turns channels of its own.
+
+    Axis i turns widths[i] channels, pair j of them by position * theta^(-2j / widths[i]). Angles are float64:
+    the cosine of a large angle would show the rounding of float32.
+    Shapes: positions `b n a` of any number type; cos and sin `b 1 n (e/2)`, e the sum of widths.
+    """
+    # A device without float64 has the table made on the CPU.
+    place = "cpu" if positions.device.type == "mps" else positions.device
+    exact = positions.to(place, torch.float64)
+    frequencies = (
+        theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=place) / width) for width in widths
+    )
+    angles = torch.cat([exact[..., i, None] * f for i, f in enumerate(frequencies)], dim=-1)[:, None]
+    return Rotation(
+        angles.cos().to(positions.device, torch.float32), angles.sin().to(positions.device, torch.float32)
+    )
 
 
 def rotate_pairs(x: Tensor, by: Rotation) -> Tensor:

@@ -1,14 +1,36 @@
 """The architectures, a row each in `ARCHITECTURES`, and `detect`, which finds the row of a file."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from . import single_stream, xut
+from . import flux, single_stream, tinyflux, xut
+from .flux.layouts import from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
+from .flux.lora import diffusers_names, lora_names
+from .tinyflux import layouts as tinyflux_layouts
+from .tinyflux.lora import native_to_standard
 from .xut.jax_port import JAX_SETTINGS, is_jax, jax_to_reference
+
+LayerNames: TypeAlias = Mapping[str, tuple[str, tuple[slice, ...]]]
+"""Foreign name of a layer -> the layer's own name, and its rows in the foreign order; no rows = all."""
+NameLayers: TypeAlias = Callable[[Mapping[str, Sequence[int]]], LayerNames]
+"""Weight shapes by the layers' own names -> foreign names."""
+
+
+def no_names(shapes: Mapping[str, Sequence[int]]) -> LayerNames:  # noqa: ARG001 - as `NameLayers`
+    """Return no foreign names: files call the layers as the model does."""
+    return {}
+
+
+ConvertLora: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, str]], Mapping[str, Tensor]]
+
+
+def as_is(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mapping[str, Tensor]:  # noqa: ARG001
+    """Return the tensors: `Architecture.convert_lora` where files have no form of their own."""
+    return tensors
 
 
 class ModelConfig(Protocol):
@@ -20,12 +42,16 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A foreign naming of an architecture's tensors; settings are configuration fields that it implies."""
+    """A foreign naming of an architecture's tensors; settings are configuration fields that it implies.
+
+    export: (tensors by the original names, configuration) -> tensors in this layout; None = only read.
+    """
 
     name: str
     is_match: Callable[[Collection[str]], bool]
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    export: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +72,9 @@ class Architecture:
         latent_spec: name of the latent space where a file states none.
         prefixes: what files put before the bare names.
         layouts: foreign namings that are converted on loading.
+        lora_names: every foreign name by which LoRA files call a layer.
+        diffusers_names: those of them that LoRA files in the layout of diffusers have.
+        convert_lora: (tensors, metadata) of a LoRA file in a form of its own -> under usual keys.
     """
 
     name: str
@@ -60,6 +89,9 @@ class Architecture:
     latent_spec: str
     prefixes: tuple[str, ...]
     layouts: tuple[Layout, ...] = ()
+    lora_names: NameLayers = no_names
+    diffusers_names: NameLayers = no_names
+    convert_lora: ConvertLora = as_is
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -78,6 +110,73 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layouts=(Layout(name="jax", is_match=is_jax, convert=jax_to_reference, settings=JAX_SETTINGS),),
     ),
     Architecture(
+        name="flux",
+        model=flux.Flux,
+        presets=flux.PRESETS,
+        config_from_dict=flux.FluxConfig.from_dict,
+        infer_config=flux.infer_config,
+        is_match=flux.is_match,
+        velocity=flux.velocity,
+        latent_channels=lambda config: config.out_channels // flux.PATCH_SIZE**2,
+        size_extras=flux.default_extras,
+        latent_spec="flux1",
+        prefixes=(
+            "model.diffusion_model.",
+            "diffusion_model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "module.",
+            "_orig_mod.",
+            "transformer.",
+            "model.",
+            "",
+        ),
+        layouts=(
+            Layout(name="scaled_fp8", is_match=is_scaled, convert=from_scaled),
+            Layout(name="diffusers", is_match=is_diffusers, convert=from_diffusers, export=to_diffusers),
+        ),
+        lora_names=lora_names,
+        diffusers_names=diffusers_names,
+    ),
+    Architecture(
+        name="tinyflux",
+        model=tinyflux.TinyFlux,
+        presets=tinyflux.PRESETS,
+        config_from_dict=tinyflux.TinyFluxConfig.from_dict,
+        infer_config=tinyflux.infer_config,
+        is_match=tinyflux.is_match,
+        velocity=tinyflux.velocity,
+        latent_channels=lambda config: config.in_channels,
+        size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
+        latent_spec="flux1-unshifted",
+        prefixes=(
+            "model.diffusion_model.",
+            "diffusion_model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "module.",
+            "_orig_mod.",
+            "transformer.",
+            "model.",
+            "",
+        ),
+        layouts=(
+            Layout(
+                name="v3",
+                is_match=tinyflux_layouts.is_version_3,
+                convert=tinyflux_layouts.version_3_to_current,
+                export=tinyflux_layouts.current_to_version_3,
+            ),
+            Layout(
+                name="v4.1",
+                is_match=tinyflux_layouts.has_idle,
+                convert=tinyflux_layouts.without_idle,
+                export=tinyflux_layouts.with_qk_scale,
+            ),
+        ),
+        convert_lora=native_to_standard,
+    ),
+    Architecture(
         name="single_stream",
         model=single_stream.SingleStreamDiT,
         presets=single_stream.PRESETS,
@@ -86,15 +185,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         is_match=single_stream.is_match,
         velocity=single_stream.velocity,
         latent_channels=lambda config: config.in_channels,
-        size_extras=single_stream.size_extras,
+        size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
         prefixes=(
             "model.diffusion_model.",
             "diffusion_model.",
             "module._orig_mod.",
             "_orig_mod.module.",
-            "_orig_mod.",
             "module.",
+            "_orig_mod.",
             "transformer.",
             "model.",
             "",

@@ -1,4 +1,4 @@
-"""Latents to a small picture without an autoencoder: one linear map per latent cell, fitted once per latent space."""
+"""Latents to a small picture without an autoencoder: one linear map per latent cell, fitted once."""
 
 import torch
 from einops import rearrange
@@ -11,14 +11,15 @@ from ..errors import ShapeError
 def fit_rgb_factors(latents: Tensor, images: Tensor) -> tuple[list[list[float]], list[float]]:
     """Return the factors (one [r, g, b] per channel) and the bias [r, g, b] that map latents to colours best.
 
-    Least squares over all latent cells; the colour of a cell is the mean of its pixels. ComfyUI shows such maps as
-    live previews while a picture is sampled.
+    Least squares over all latent cells; the colour of a cell is the mean of its pixels. ComfyUI shows such
+    maps as live previews while a picture is sampled.
     Shapes: latents `b c h w` in model space; images `b 3 y x` in [-1, 1], y and x a multiple of h and w.
     Raises: ShapeError if the shapes do not fit each other, or if there are fewer cells than unknowns.
     """
     if images.ndim != 4 or images.shape[1] != 3 or latents.ndim != 4 or latents.shape[0] != images.shape[0]:
         raise ShapeError(
-            f"latents and images must be `b c h w` and `b 3 y x`, got {tuple(latents.shape)} and {tuple(images.shape)}"
+            "latents and images must be `b c h w` and `b 3 y x`, "
+            f"got {tuple(latents.shape)} and {tuple(images.shape)}"
         )
     cells = rearrange(latents, "b c h w -> (b h w) c").double().cpu()
     if len(cells) <= latents.shape[1]:

@@ -24,6 +24,8 @@ _DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+SUPPORTED = ("xut",)
+"""Architectures with a network for ComfyUI."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -38,6 +40,7 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
         )
     with torch.inference_mode(False):
         loaded = read_model(path)  # nothing is copied: the tensors lie in the mapped file
+        _check_architecture(loaded.architecture.name, path.name)
         latent_format = format_of(loaded.metadata, loaded.architecture.latent_spec, path.name)
         _check_channels(latent_format.spec, loaded.architecture.latent_channels(loaded.config), path.name)
         model_config = FlowCoreConfig(loaded.architecture.name, loaded.config, latent_format)
@@ -46,6 +49,15 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
         dtype = _choose_dtype(model_config, state, parameters, weight_dtype)
         patcher = _build(model_config, state, mm.unet_inital_load_device(parameters, dtype))
     return patcher, _describe(loaded, model_config, parameters, dtype)
+
+
+def _check_architecture(name: str, source: str) -> None:
+    """Refuse an architecture that has no network for ComfyUI. Raises: ConfigError."""
+    if name not in SUPPORTED:
+        raise ConfigError(
+            f"{source} must be a model of {', '.join(SUPPORTED)} for this node, got {name}, which runs in "
+            "plain Python only"
+        )
 
 
 def _check_channels(spec: LatentSpec, channels: int, source: str) -> None:

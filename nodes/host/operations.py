@@ -44,9 +44,14 @@ def use_operations(
     return module
 
 
-def own_memory(module: nn.Module) -> nn.Module:
-    """Copy all weights out of the mapped file, so that replacing the file cannot reach a loaded model."""
+def own_memory(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Copy all weights out of the mapped file, so that replacing the file cannot reach a loaded model.
+
+    Args:
+        module: changed in place and returned.
+        dtype: of the copies, None = as they are. Buffers stay: rotary tables need their float32.
+    """
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(dtype=dtype, copy=True)
     return module

@@ -145,7 +145,7 @@ def load_clip(path: Path, mode: str) -> comfy.sd.CLIP:
     with torch.inference_mode(False):
         encoder = load_text_encoder(path, dtype=None)
         dtype = _weight_dtype(encoder)
-        own_memory(encoder.to(dtype=dtype).model)
+        own_memory(encoder.model, dtype)
         model = TextModel(encoder, mode)
     parameters = sum(weight.numel() for weight in model.parameters())
     target = ClipTarget(lambda **_: Tokenizer(encoder), lambda **_: model)

@@ -45,7 +45,7 @@ def load_comfy_vae(path: Path) -> comfy.sd.VAE:
         autoencoder = _load(path)
         module, spec = autoencoder.module, autoencoder.spec
         vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})  # lets every version set its attributes
-        first_stage = FirstStage(own_memory(autoencoder.to(dtype=vae.vae_dtype).module))
+        first_stage = FirstStage(own_memory(module, vae.vae_dtype))
     vae.latent_channels, vae.latent_dim, vae.output_channels = spec.channels, 2, 3
     vae.downscale_ratio = vae.upscale_ratio = spec.downscale
     # ComfyUI's figures for a width of 128 in the first level, scaled to the width of this one.

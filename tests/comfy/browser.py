@@ -25,6 +25,8 @@ DROP = """([name, text]) => {
     for (const type of ["dragenter", "dragover", "drop"])
         canvas.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: transfer}));
 }"""
+DONE = """() => app.graph.nodes.some((node) => node.type === "SaveImage" && node.imgs?.length)
+    || document.querySelector(".p-dialog, .p-toast-message-error")"""
 STATE = """() => ({
     nodes: app.graph.nodes.map((node) => node.type),
     missing: app.graph.nodes.map((node) => node.type)
@@ -90,10 +92,7 @@ def drop(page: Page, url: str, workflow: Path, screenshot: Path) -> dict[str, An
     page.wait_for_timeout(1000)
     loaded = page.evaluate(STATE)
     page.evaluate("() => app.queuePrompt(0, 1)")
-    page.wait_for_function(
-        "() => app.graph.nodes.some((node) => node.type === 'SaveImage' && node.imgs?.length)",
-        timeout=600_000,
-    )
+    page.wait_for_function(DONE, timeout=600_000)
     page.wait_for_timeout(1500)
     page.evaluate(
         "() => { app.canvas.fitViewToSelectionAnimated?.(); app.graph.setDirtyCanvas(true, true); }"

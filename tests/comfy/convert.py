@@ -1,4 +1,4 @@
-"""Workflows in UI form, as the bundled ones are, to API form; refuses what only ComfyUI's own page converts."""
+"""Workflows in UI form, like the bundled ones, to API form; some need ComfyUI's own page for that."""
 
 from typing import Any
 

@@ -1,9 +1,11 @@
 """A ComfyUI server in a process of its own, with the extension linked in. Standard library only."""
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -70,7 +72,12 @@ class Server:
         ]  # fmt: skip
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment()
+                command,
+                cwd=self.comfyui,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one call
             )
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
@@ -209,6 +216,11 @@ def _unlink(link: Path) -> None:
             link.rmdir()
         else:
             link.unlink()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _free_port() -> int:

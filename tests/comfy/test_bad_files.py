@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flowcore.models import flux
+from flowcore.weights.checkpoint import save_model
 from tests.comfy.server import Server, ServerError
 from tests.comfy.standins import CONFIG, MODEL, TEXT, VAE, write_lora
 
@@ -45,6 +47,11 @@ def _copy(folder: str, file: str) -> Writer:
     return lambda models, path: path.write_bytes((models / folder / file).read_bytes())
 
 
+def _flux(_: Path, path: Path) -> None:
+    config = flux.PRESETS["tiny"]
+    save_model(path, flux.Flux(config).state_dict(), architecture="flux", config=config)
+
+
 INCOMPLETE = "must be a complete safetensors file"
 ABSURD = '{"ctx_size": -3, "residual": "none"}'
 MODELS: dict[str, tuple[Writer, str]] = {
@@ -57,7 +64,11 @@ MODELS: dict[str, tuple[Writer, str]] = {
     "text_encoder": (_copy("text_encoders", TEXT), "a text encoder"),
     "vae": (_copy("vae", VAE), "a VAE"),
     "adapter": (lambda _, path: write_lora(path), "load it as a LoRA"),
-    "one_scalar": (lambda _, path: save_file({"x": torch.tensor(1.0)}, path), "must be those of a xut model"),
+    "one_scalar": (
+        lambda _, path: save_file({"x": torch.tensor(1.0)}, path),
+        r"must be those of a .*xut.* model",
+    ),
+    "another_architecture": (_flux, "got flux, which runs in plain Python only"),
     "missing_tensor": (
         lambda models, path: _without(models, path, "out_patch.proj.bias"),
         r"1 missing \(out_patch.proj.bias\)",

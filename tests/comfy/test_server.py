@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_the_template_is_listed_and_served(server: Server) -> None:
     assert "xut_text_to_image" in names
     served = server.get(f"/api/workflow_templates/{LINK_NAME}/xut_text_to_image.json")
     assert {entry["type"] for entry in served["nodes"]} >= {"FlowCoreLoadModel", "KSampler", "MarkdownNote"}
+    thumbnail = server.get_bytes(f"/api/workflow_templates/{LINK_NAME}/xut_text_to_image.jpg")
+    assert Image.open(io.BytesIO(thumbnail)).size == (512, 512)
 
 
 def custom_sampler(prompt: Prompt, *, sigmas: dict[str, Any]) -> Prompt:
@@ -152,6 +155,23 @@ def test_latents_equal_those_of_plain_python(server: Server, base: Path, prompt:
         expected = pipeline.sample([text], [seed], settings)
         found = SPEC.to_model(latent_of(server, prompt))
         assert float((found - expected).abs().max()) < 1e-4
+
+
+def test_the_bundled_demo_equals_plain_python(server: Server) -> None:
+    from flowcore.assets import list_builtin
+    from flowcore.pipeline import Pipeline
+    from flowcore.settings import Settings
+
+    if "xut-demo" not in list_builtin():
+        pytest.skip("the demo's weights are not in this checkout")
+    prompt = json.loads(
+        (Path(__file__).parent / "api" / "xut_text_to_image.json").read_text(encoding="utf-8")
+    )
+    pipeline = Pipeline.from_files(device="cpu", dtype="float32")
+    settings = Settings(width=128, height=128, num_steps=20, cfg_scale=3.0)
+    expected = pipeline.sample([prompt["4"]["inputs"]["text"]], [0], settings)
+    found = pipeline.vae.spec.to_model(latent_of(server, prompt))
+    assert float((found - expected).abs().max()) < 1e-4
 
 
 def test_a_lora_changes_the_picture_and_every_key_is_used(server: Server, prompt: Prompt) -> None:

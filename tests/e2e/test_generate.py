@@ -234,7 +234,7 @@ def test_unknown_words_are_mentioned(parts: Path, tmp_path: Path, capsys: pytest
         (["--model", "no-such"], "existing file or folder or a bundled name .*, got 'no-such'"),
         (
             ["--model", "VAE"],
-            "must be those of a xut model, got .* a VAE; give the file of the diffusion model",
+            "must be those of a .* model, got .* a VAE; give the file of the diffusion model",
         ),
         (["--vae", "MODEL"], "model.safetensors must hold a KL autoencoder .*got .*; pass a VAE file"),
         (["--text-encoder", "VAE"], "vae.safetensors must hold a Gemma-3 text model .*; pass a text encoder"),

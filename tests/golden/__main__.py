@@ -21,7 +21,8 @@ from tests.golden.keys import is_key_table, table_fault
 from tests.golden.timing import Timing, time_forward
 
 HANDLERS = {
-    arch: f"tests.golden.{arch}" for arch in ("flow", "single_stream", "t5gemma2_text_encoder", "vae", "xut")
+    arch: f"tests.golden.{arch}"
+    for arch in ("flow", "flux", "single_stream", "t5gemma2_text_encoder", "tinyflux", "vae", "xut")
 }
 OWN_FILES = Path(__file__).parent
 

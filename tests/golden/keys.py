@@ -1,5 +1,6 @@
 """Key tables: names and shapes that must be exactly those of one layout of one thing the project builds."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -7,11 +8,16 @@ from torch import Tensor, nn
 
 from flowcore.errors import CheckpointError, FlowCoreError
 from flowcore.models import Architecture, detect, find_layout
+from flowcore.models.tinyflux.config import PRESETS, is_version_1, read_config
+from flowcore.models.tinyflux.lora import LORA_PRESETS, native_shapes
 from flowcore.vae.autoencoder import build_autoencoder
 from flowcore.vae.config import infer_config
 from flowcore.vae.keys import find_prefix, to_diffusers
+from tests.golden.flux_lora import control_lora_fault, is_control_lora
 
 STATISTICS = ("vae_mean", "vae_std")
+TINYFLUX_1 = {"axes_dims_rope": (16, 56, 56)}
+TINYFLUX_LORA = re.compile(r"(double|single)_blocks_\d+_\w+\.lora_[AB]")
 
 
 def is_key_table(document: object) -> bool:
@@ -24,13 +30,15 @@ def is_key_table(document: object) -> bool:
 
 
 def table_fault(table: Mapping[str, Sequence[int]]) -> str:
-    """What keeps the table from being a layout of a model (with or without its VAE) or of a VAE; or ""."""
+    """What keeps the table from being that of a model (and its VAE), a VAE or an adapter; or ""."""
     tensors = {name: torch.empty(list(shape), device="meta") for name, shape in table.items()}
     try:
+        if all(TINYFLUX_LORA.fullmatch(name) for name in table):
+            return _tinyflux_lora_fault(table)
         try:
             architecture, prefix = detect(tensors)
         except CheckpointError:
-            return _vae_fault(tensors)
+            return control_lora_fault(tensors) if is_control_lora(tensors) else _vae_fault(tensors)
         own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
         others = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
         return _model_fault(architecture, own) or (_vae_fault(others) if others else "")
@@ -42,9 +50,26 @@ def _model_fault(architecture: Architecture, state: dict[str, Tensor]) -> str:
     layout = find_layout(architecture, state)
     if layout is not None:
         state = layout.convert(state)
-    model = architecture.model(architecture.infer_config(state, None), device="meta")
-    derived = {name for name, _ in model.named_buffers()} if layout is not None else set()
-    return _difference(model, state, derived)
+    is_old = architecture.name == "tinyflux" and is_version_1(state)
+    # TinyFlux 1 is recognised and never run: its names are a later model's, with heads of another width.
+    config = read_config(state, TINYFLUX_1) if is_old else architecture.infer_config(state, None)
+    model = architecture.model(config, device="meta")
+    buffers = {name for name, _ in model.named_buffers()}
+    return _difference(model, state, set() if buffers & set(state) else buffers)
+
+
+def _tinyflux_lora_fault(table: Mapping[str, Sequence[int]]) -> str:
+    """How the table differs from every preset's file for the published model."""
+    stated = {name: tuple(shape) for name, shape in table.items()}
+    near = {}
+    for name, preset in LORA_PRESETS.items():
+        built = native_shapes(preset, PRESETS["tinyflux-deep"])
+        differing = {key for key in {*built, *stated} if built.get(key) != stated.get(key)}
+        if not differing:
+            return ""
+        near[name] = differing
+    name = min(near, key=lambda preset: len(near[preset]))
+    return f"{len(near[name])} tensors differ from the preset {name}, first {min(near[name])}"
 
 
 def _vae_fault(tensors: dict[str, Tensor]) -> str:

@@ -36,6 +36,12 @@ def nearest_bucket(width: int, height: int, buckets: list[Bucket]) -> Bucket:
     return min(buckets, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.width * b.height))
 
 
+def crop_and_zoom(width: int, height: int, bucket: Bucket) -> tuple[float, float]:
+    """Share of the image's area that `fit` cuts off, and the factor by which it scales the sides."""
+    scale = max(bucket.width / width, bucket.height / height)
+    return 1 - bucket.width * bucket.height / (width * height * scale * scale), scale
+
+
 def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
     """Image resized to cover the bucket (bicubic) and cropped at the centre to exactly its size."""
     if image.size == (bucket.width, bucket.height):

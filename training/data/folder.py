@@ -25,8 +25,9 @@ def scan(
     """
     samples: list[Sample] = []
     rejects: list[Reject] = []
+    flag = StopFlag() if stop is None else stop
     for number, dataset in enumerate(datasets):
-        found = _scan_folder(dataset, f"datasets.{number}.path", data, rejects, stop or StopFlag())
+        found = _scan_folder(dataset, f"datasets.{number}.path", data, rejects, flag)
         samples += found * dataset.repeats
     return samples, rejects
 

@@ -2,7 +2,7 @@
 
 from .config import PRESETS, SingleStreamConfig, infer_config, is_match
 from .model import SingleStreamDiT
-from .velocity import size_extras, velocity
+from .velocity import velocity
 
 __all__ = [
     "PRESETS",
@@ -10,6 +10,5 @@ __all__ = [
     "SingleStreamDiT",
     "infer_config",
     "is_match",
-    "size_extras",
     "velocity",
 ]

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...conditioning import Conditioning
 from ...errors import ShapeError
-from .config import SingleStreamConfig
 
 
 def velocity(
@@ -43,12 +42,3 @@ def velocity(
         latents.to(dtype), 1 - sigma.float(), context, text_mask=conditioning.context_mask, **options
     )
     return -result.to(latents.dtype)
-
-
-def size_extras(
-    config: SingleStreamConfig,  # noqa: ARG001 - as for every architecture
-    width: int,  # noqa: ARG001
-    height: int,  # noqa: ARG001
-) -> dict[str, Tensor]:
-    """Return no extras: the grid alone tells the network the image's size."""
-    return {}

@@ -3,8 +3,6 @@
 Source: KohakuBlueleaf/HDM (names, defaults); MK040412/Ouroboros (`residual`, `skip_source`, `ln_eps`).
 """
 
-import difflib
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import ConfigError
+from ...layers.reading import TensorReader, check_names, stored_config
 
 Residual = Literal["normed", "prenorm"]
 SkipSource = Literal["encoder", "self"]
@@ -106,13 +105,13 @@ class XUTConfig:
         Raises: ConfigError for an unknown key or a value out of range.
         """
         known = {**values}
-        _check_names(cls, known, "")
+        check_names(cls, known)
         for name in ("enc_blocks", "dec_blocks"):
             if isinstance(known.get(name), list):
                 known[name] = tuple(known[name])
         tread = known.get("tread_config")
         if isinstance(tread, Mapping):
-            _check_names(TreadConfig, tread, "tread_config.")
+            check_names(TreadConfig, tread, "tread_config.")
             missing = {field.name for field in fields(TreadConfig)} - set(tread)
             if missing:
                 raise ConfigError(f"tread_config must have {sorted(missing)}, got {sorted(tread)}")
@@ -133,15 +132,6 @@ def _check_counts(name: str, counts: tuple[int, ...], depth: int, least: int) ->
         raise ConfigError(f"{name} must have one entry for each of depth = {depth} stages, got {len(counts)}")
     if min(counts) < least:
         raise ConfigError(f"{name} must be at least {least} in every stage, got {min(counts)}")
-
-
-def _check_names(cls: type[Any], values: Mapping[str, Any], prefix: str) -> None:
-    known = [field.name for field in fields(cls)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; nearest is {prefix}{near[0]}" if near else f"; known are {', '.join(known)}"
-            raise ConfigError(f"{prefix}{name} must be a field of {cls.__name__}, got an unknown name{hint}")
 
 
 _SMALL = XUTConfig(dim=896, ctx_dim=640, heads=14, mlp_dim=3072, depth=4)
@@ -186,11 +176,11 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     size, routing rate, `residual`, `skip_source`, `ln_eps`); without it those have the reference's defaults.
     Raises: CheckpointError if a tensor that is needed is missing or has a shape no XUT model has.
     """
-    reader = _Reader(tensors)
+    reader = _Reader(tensors, "XUT")
     dim, input_dim, patch_size, _ = reader.shape("in_patch.proj.weight", axes=4)
     first = "backbone.dec_blocks.0.0"  # the only block that every XUT model has
     heads = reader.shape(f"{first}.attn.rope.freqs", axes=3)[0]
-    stored = _stored_config(metadata)
+    stored = stored_config(metadata)
     text_key = reader.find(_TEXT_ATTENTION)
     return XUTConfig.from_dict(
         {
@@ -224,46 +214,8 @@ _TEXT_ATTENTION = re.compile(
 )
 
 
-def _stored_config(metadata: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """Return the configuration that the file's metadata holds, or an empty one."""
-    try:
-        stored = json.loads((metadata or {}).get("flowcore.config", "{}"))
-    except json.JSONDecodeError as err:
-        raise CheckpointError(f"metadata flowcore.config must be JSON, got an error at {err.pos}") from err
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"metadata flowcore.config must be a JSON object, got {type(stored).__name__}")
-    return stored
-
-
-class _Reader:
-    """Reads sizes from tensor names and shapes."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        """The shape of a tensor that must be there."""
-        if key not in self.tensors:
-            raise CheckpointError(
-                f"a XUT checkpoint must hold {key}, got {len(self.tensors)} tensors without it"
-            )
-        shape = tuple(self.tensors[key].shape)
-        if len(shape) != axes:
-            raise CheckpointError(f"{key} must have {axes} axes, got shape {shape}")
-        return shape
-
-    def size(self, key: str, axis: int) -> int | None:
-        """One size of a tensor that may be absent."""
-        return self.tensors[key].shape[axis] if key in self.tensors else None
-
-    def find(self, pattern: re.Pattern[str]) -> str | None:
-        """The first name that fits the pattern."""
-        return next((key for key in self.tensors if pattern.fullmatch(key)), None)
-
-    def indices(self, prefix: str) -> set[int]:
-        """The numbers that follow the prefix in the names."""
-        found = {key[len(prefix) :].split(".", 1)[0] for key in self.tensors if key.startswith(prefix)}
-        return {int(number) for number in found if number.isdigit()}
+class _Reader(TensorReader):
+    """Reads what only XUT has."""
 
     def depth(self) -> int:
         """Stages of the decoder; an encoder stage without blocks leaves no names."""

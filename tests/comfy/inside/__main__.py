@@ -5,6 +5,8 @@ Prints one JSON object: the name of each check, and null or what went wrong.
 
 import argparse
 import asyncio
+import gc
+import importlib
 import json
 import sys
 import time
@@ -12,30 +14,35 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+# In this order: utils before nodes, whose path hides that package. ComfyUI's own nodes load config_parser.
+PARTS = (
+    "utils.extra_config",
+    "folder_paths",
+    "nodes",
+    "server",
+    "comfy.sd",
+    "comfy_api.latest",
+    "comfy_config.config_parser",
+)
+
 
 def start_comfyui(comfyui: Path, base: Path) -> None:
     """Import ComfyUI's parts in its own order, without its command line and without an accelerator."""
     sys.path.insert(0, str(comfyui))
-    import comfy.options
     from comfy.cli_args import args
 
     args.cpu = True
     args.use_pytorch_cross_attention = True  # as on accelerators; the server's tests use the CPU's default
     args.base_directory = str(base)
-    import comfy.sd  # noqa: F401
-    import comfy_api.latest  # noqa: F401
-    import comfy_config.config_parser  # noqa: F401 - ComfyUI's own nodes have it loaded by then
-    import folder_paths  # noqa: F401
-    import server  # noqa: F401
-    import utils.extra_config  # noqa: F401 - before nodes, whose path hides this package
-
-    import nodes  # noqa: F401
+    for name in PARTS:
+        importlib.import_module(name)
 
 
 def load_extension(link: Path) -> tuple[ModuleType, float]:
     """Return the extension's module as ComfyUI loads it, and the seconds that took."""
     import nodes
 
+    gc.collect()  # else a collection of ComfyUI's own objects may fall into the time that is measured
     start = time.perf_counter()
     if not asyncio.run(nodes.load_custom_node(str(link))):
         raise RuntimeError("ComfyUI could not load the extension")

@@ -62,18 +62,26 @@ def text_encoder_takes_lora(context: Context) -> None:
 
 
 def text_encoder_equals_plain_python(context: Context) -> None:
-    encoder = context.part("flowcore.text.gemma3").load_text_encoder(
-        context.models / "text_encoders" / "standin-text.safetensors"
+    gemma3 = context.part("flowcore.text.gemma3")
+    path = context.models / "text_encoders" / "standin-text.safetensors"
+    halved = path.with_name("bfloat16.safetensors")
+    encoder = gemma3.load_text_encoder(path, dtype=torch.float32)
+    state = {name: tensor.bfloat16() for name, tensor in encoder.model.state_dict().items()}
+    encoder.model.load_state_dict(state)  # rounded, in float32
+    files = context.part("flowcore.text.files")
+    files.write_text_file(
+        halved, state, config=encoder.model.config.to_diff_dict(), tokenizer=encoder.tokenizer, metadata={}
     )
+    load = context.part("nodes.host.text").load_clip
     for mode in ("sequence", "pooled"):
         with torch.inference_mode():
-            ((found, extras),) = context.clip(mode).encode_from_tokens_scheduled(
-                context.clip(mode).tokenize(PROMPT)
-            )
+            clip = load(halved, mode)
+            ((found, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
             expected = encoder.encode([PROMPT], mode).context
         assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
         assert found.dtype == torch.float32
         assert extras.get("pooled_output") is None
+    halved.unlink()
 
 
 def parentheses_are_text(context: Context) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from flowcore.errors import CheckpointError
-from flowcore.models import ARCHITECTURES, detect, find_architecture, find_layout
+from flowcore.models import ARCHITECTURES, Architecture, detect, find_architecture, find_layout
 from flowcore.models.xut import PRESETS, XUDiT
 
 KEYS = list(XUDiT(PRESETS["tiny"], device="meta").state_dict())
@@ -46,11 +46,23 @@ def test_what_else_was_found_is_said(keys: list[str], found: str) -> None:
     assert found in str(caught.value)
 
 
-def test_rows_have_every_preset_and_channels() -> None:
-    assert {"xut", "single_stream"} <= {row.name for row in ARCHITECTURES}
-    row = find_architecture("xut")
+@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.name)
+def test_rows_have_every_preset_and_channels(row: Architecture) -> None:
+    assert find_architecture(row.name) is row
     assert {"tiny", "demo"} <= set(row.presets)
     assert row.latent_channels(row.presets["demo"]) == 16
     assert row.config_from_dict(row.presets["demo"].to_dict()) == row.presets["demo"]
-    with pytest.raises(CheckpointError, match=r"must be one of xut.*, got 'xot'"):
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.name)
+def test_rows_are_not_taken_for_each_other(row: Architecture) -> None:
+    for preset in row.presets.values():
+        keys = row.model(preset, device="meta").state_dict().keys()
+        assert [other.name for other in ARCHITECTURES if other.is_match(keys)] == [row.name]
+        assert all(find_layout(other, keys) is None for other in ARCHITECTURES)
+        assert detect(keys) == (row, "")
+
+
+def test_unknown_architecture_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"must be one of .*xut.*, got 'xot'"):
         find_architecture("xot")

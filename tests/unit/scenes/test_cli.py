@@ -116,6 +116,6 @@ def test_judge_names_the_file_and_the_remedy(tmp_path: Path, capsys: pytest.Capt
     assert f"{picture} must be an image that decodes" in judged(tmp_path / "a")
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got no folder"):
-        main(["judge", str(tmp_path / "nowhere"), "--debug"])
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", str(tmp_path / "nowhere"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_wrong_architecture_and_incomplete_models(tmp_path: Path, state: dict[st
         assert str(caught.value).count(str(file)) == 1
         return str(caught.value)
 
-    assert "model, got 1 others such as a.weight" in message({"a.weight": torch.zeros(1)})
+    assert "got 1 others such as a.weight" in message({"a.weight": torch.zeros(1)})
     name = "backbone.enc_blocks.0.0.attn.out.bias"
     fewer = {key: tensor for key, tensor in state.items() if key != name}
     assert f"1 missing ({name})" in message(fewer)

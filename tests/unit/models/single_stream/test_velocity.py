@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowcore.conditioning import Conditioning
 from flowcore.errors import ShapeError
-from flowcore.models.single_stream import PRESETS, size_extras, velocity
+from flowcore.models.single_stream import velocity
 
 
 class Recorder:
@@ -48,4 +48,3 @@ def test_extras_are_refused() -> None:
     conditioning = Conditioning(extras={"guidance": torch.ones(1)})
     with pytest.raises(ShapeError, match=r"must have no extras, got \['guidance'\]"):
         velocity(Recorder(), torch.zeros(1, 4, 4, 4), torch.ones(1), conditioning)
-    assert size_extras(PRESETS["demo"], 128, 64) == {}

@@ -1,0 +1,97 @@
+"""The bundled weights do what the demo needs of them."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowcore.assets import list_builtin
+from flowcore.images import image_to_tensor, tensor_to_images
+from flowcore.text.gemma3 import Gemma3TextEncoder, load_text_encoder
+from flowcore.vae.autoencoder import Autoencoder, load_vae
+from training.scenes import PALETTE, SHAPES, draw, iterate_scenes, judge, random_scene
+from training.scenes.captions import vocabulary
+
+SIZE = 128
+MIN_PSNR = 35.0  # decibels; below it shapes are lost in the autoencoder
+MIN_SEPARATION = 0.3  # of a state's length, between words of one kind
+
+
+@pytest.fixture(scope="module")
+def text() -> Gemma3TextEncoder:
+    return load_text_encoder("scenes-text")
+
+
+@pytest.fixture(scope="module")
+def vae() -> Autoencoder:
+    return load_vae("scenes-vae")
+
+
+def states(text: Gemma3TextEncoder, caption: str) -> Tensor:
+    context = text.encode([caption]).context
+    assert context is not None
+    return context[0]
+
+
+def test_text_encoder_knows_every_word_of_the_captions(text: Gemma3TextEncoder) -> None:
+    assert text.unknown_words(" ".join(vocabulary())) == []
+    assert text.width == 128
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("a {} circle on a white background", sorted(PALETTE)),
+        ("a red {} on a white background", sorted(SHAPES)),
+        ("a {} red circle on a white background", ["small", "large"]),
+    ],
+)
+def test_captions_that_differ_in_one_word_separate(
+    text: Gemma3TextEncoder, template: str, words: list[str]
+) -> None:
+    assert text.unknown_words(template.format(words[0])) == []
+    place = 1 + template.split().index("{}")  # after BOS
+    found = {word: states(text, template.format(word))[place] for word in words}
+    for first, second in combinations(words, 2):
+        length = (found[first].norm() + found[second].norm()) / 2
+        distance = float((found[first] - found[second]).norm() / length)
+        assert distance >= MIN_SEPARATION, (first, second, distance)
+
+
+def test_autoencoder_keeps_scenes_it_has_not_seen(vae: Autoencoder) -> None:
+    scenes = list(iterate_scenes(64, 2024, objects="mixed", split="test"))
+    images = torch.cat([image_to_tensor(draw(scene, SIZE), SIZE, SIZE) for scene, _ in scenes])
+    with torch.no_grad():
+        rebuilt = vae.decode(vae.encode(images))
+    error = ((images - rebuilt) / 2).square().mean((1, 2, 3))
+    assert float((-10 * error.log10()).mean()) >= MIN_PSNR
+    verdicts = [
+        judge(picture, caption)
+        for picture, (_, caption) in zip(tensor_to_images(rebuilt), scenes, strict=True)
+    ]
+    assert sum(verdict["all"] is True for verdict in verdicts) >= 63
+
+
+def test_latents_of_scenes_are_normalised(vae: Autoencoder) -> None:
+    rng = np.random.default_rng(5)
+    scenes = [random_scene(rng, "one") for _ in range(32)]
+    images = torch.cat([image_to_tensor(draw(scene, SIZE), SIZE, SIZE) for scene in scenes])
+    with torch.no_grad():
+        latents = vae.encode(images)
+    assert latents.shape == (32, 16, 16, 16)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.25
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
+
+
+def test_every_model_names_bundled_parts() -> None:
+    from flowcore.pipeline import Pipeline
+
+    models = [name for name in list_builtin() if name.endswith("-demo")]
+    if not models:
+        pytest.skip("no diffusion model is bundled")
+    for name in models:
+        pipeline = Pipeline.from_files(name, device="cpu")
+        assert {pipeline.sources["vae"], pipeline.sources["text_encoder"]} <= set(list_builtin())
+        assert pipeline.default_size == (SIZE, SIZE)

@@ -1,0 +1,78 @@
+"""The encoders that need no weights, and how the others are chosen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowcore.errors import CheckpointError, ConfigError
+from tests.tiny import TEXT, VAE, write_parts
+from training.encoders import ByteEncoder, PixelEncoder, caption_encoder, image_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 16])
+def test_pixels_are_averaged_over_a_cell_and_repeated(channels: int) -> None:
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    latents = PixelEncoder(channels).encode(images)
+    assert latents.shape == (2, channels, 2, 3)
+    for channel in range(channels):
+        cell = images[1, channel % 3, 8:16, 16:24].mean()
+        assert torch.isclose(latents[1, channel, 1, 2], cell, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_latents_of_flat_images_decode_to_them(channels: int) -> None:
+    encoder = PixelEncoder(channels)
+    image = torch.full((1, 3, 16, 16), 0.25)
+    assert torch.allclose(encoder.decode(encoder.encode(image)), image)
+
+
+def test_bytes_are_one_token_each_cut_and_padded() -> None:
+    coded = ByteEncoder(8, 6).encode(["ab", "", "abcdefgh", "é"])
+    assert coded.context is not None
+    assert coded.context_mask is not None
+    assert coded.pooled is not None
+    assert coded.context.shape == (4, 6, 8)
+    assert coded.context_mask.sum(1).tolist() == [2, 1, 6, 2]
+    assert torch.equal(coded.context[0, :2], coded.context[2, :2])
+    assert coded.context[0, 2:].abs().max() == 0
+    assert torch.allclose(coded.pooled[0], coded.context[0, :2].mean(0))
+
+
+def test_bytes_do_not_depend_on_their_batch() -> None:
+    encoder = ByteEncoder(8, 6)
+    together, alone = encoder.encode(["abc", "d"]), encoder.encode(["d"])
+    assert together.context is not None
+    assert alone.context is not None
+    assert torch.equal(together.context[1], alone.context[0])
+
+
+def test_the_built_in_encoders_are_the_default() -> None:
+    assert image_encoder(None, 4, "sdxl", CPU).identity == image_encoder("pixels", 4, "sdxl", CPU).identity
+    assert caption_encoder(None, 8, 6, CPU).identity == caption_encoder("bytes", 8, 6, CPU).identity
+    assert caption_encoder("bytes", 8, 7, CPU).identity != caption_encoder("bytes", 8, 6, CPU).identity
+
+
+def test_encoders_from_files_must_fit_the_model(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    vae, text = str(tmp_path / VAE), str(tmp_path / TEXT)
+    images = image_encoder(vae, 4, "sdxl", CPU)
+    assert images.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 2, 2)
+    assert caption_encoder(text, 24, 16, CPU).encode(["a red circle"]).context is not None
+    with pytest.raises(ConfigError, match=r"encoders\.vae: .*must have the model's 16 channels, got 4"):
+        image_encoder(vae, 16, "sdxl", CPU)
+    with pytest.raises(ConfigError, match=r"encoders\.text: .*must have the model's text width 128, got 24"):
+        caption_encoder(text, 128, 16, CPU)
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"junk\.safetensors"):
+        image_encoder(str(tmp_path / "junk.safetensors"), 4, "sdxl", CPU)
+
+
+def test_other_weights_have_another_identity(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    first = image_encoder(str(tmp_path / VAE), 4, "sdxl", CPU).identity
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "x.safetensors").write_bytes((tmp_path / VAE).read_bytes())
+    assert image_encoder(str(tmp_path / "copy" / "x.safetensors"), 4, "sdxl", CPU).identity == first
