@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...layers.attention import widen
-from ...layers.norm import RMSNorm, at_use, rms_norm
+from ...layers.norm import RMSNorm
 from ...ops import AttentionFn, Ops, Runtime
 from .config import SingleStreamConfig
 from .fourier import ChannelMixer, SpectralGain
-from .positions import HalfRotation, rotate_halves
-
-_EPS = 1e-6
+from .positions import HalfRotation
+from .steps import add_to_last, gated_sum, modulated, turned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,17 +82,11 @@ class Block(nn.Module):
             rearrange(widen(layer(x)), "b n (nh e) -> b n nh e", nh=self.num_heads)
             for layer in (self.attention_q, self.attention_k, self.attention_v)
         )
-        q, k = self.attention_norm_q(q), self.attention_norm_k(k)
-        if signals.rotation is not None:
-            q, k = rotate_halves(q, signals.rotation), rotate_halves(k, signals.rotation)
+        q = turned(q, self.attention_norm_q, signals.rotation)
+        k = turned(k, self.attention_norm_k, signals.rotation)
         q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))  # b nh n e
         result: Tensor = self.attention_out(attention(q, k, v, signals.bias).to(x.dtype))
         return result
-
-
-def _modulated(x: Tensor, norm: RMSNorm, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return norm(x) * (1 + scale) + shift for x `b n d`, scale and shift `b 1 d`, float32."""
-    return torch.addcmul(shift, rms_norm(x, _EPS), at_use(norm.weight, x) * (1 + scale))
 
 
 class ContextBlock(Block):
@@ -153,16 +146,16 @@ class FusionBlock(Block):
         raw = self.adaLN_modulation(signals.condition).float()[:, None]  # b 1 (6 d)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = raw.chunk(6, dim=-1)
 
-        h = _modulated(x, self.attention_norm1, scale, shift)
-        x = torch.addcmul(x, gate.tanh(), drop(self.attend(h.to(dtype), signals, attention)))
+        h = modulated(x, self.attention_norm1, scale, shift)
+        x = gated_sum(x, gate.tanh(), drop(self.attend(h.to(dtype), signals, attention)))
         x = add_to_last(x, self.local_bias(x[:, -num_image:].to(dtype), rows, columns))
 
-        h = _modulated(x, self.ffn_norm1, ffn_scale, ffn_shift)
+        h = modulated(x, self.ffn_norm1, ffn_scale, ffn_shift)
         image = h[:, -num_image:]
         update = self.feed_forward(h.to(dtype))
         if self.fourier_filter is not None and self.fourier_norm is not None:
             update = add_to_last(update, self.fourier_filter(self.fourier_norm(image), rows, columns))
-        x = torch.addcmul(x, ffn_gate.tanh(), drop(update))
+        x = gated_sum(x, ffn_gate.tanh(), drop(update))
         if self.fourier_filter is not None and self.fourier_norm is None:
             x = add_to_last(x, self.fourier_filter(image, rows, columns))
         return x
@@ -187,19 +180,6 @@ class Dropout:
             return x
         keep = torch.empty_like(x).bernoulli_(1 - self.rate, generator=self.generator)
         return x * keep / (1 - self.rate)
-
-
-def add_to_last(x: Tensor, update: Tensor) -> Tensor:
-    """Return x `b l d` with update `b n d` added to its last n tokens, in the wider dtype of both.
-
-    The caller must have made x and need it no more: where no gradient is kept, x is written to.
-    """
-    x = x.to(torch.promote_types(x.dtype, update.dtype))
-    start = x.shape[1] - update.shape[1]
-    if torch.is_grad_enabled():
-        return x + update if not start else torch.cat((x[:, :start], x[:, start:] + update), dim=1)
-    x[:, start:] += update
-    return x
 
 
 def run_blocks(
