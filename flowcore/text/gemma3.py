@@ -16,6 +16,7 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerF
 
 from ..conditioning import Conditioning
 from ..errors import ConfigError
+from ..weights.placement import move
 from ..weights.strict import assign_strict
 from .files import TextFiles, read_text_files, write_text_file
 
@@ -51,8 +52,8 @@ class Gemma3TextEncoder:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Gemma3TextEncoder":
-        """Move the weights in place and return self."""
-        self.model.to(device=device, dtype=dtype)
+        """Move the weights in place and return self; rotary tables stay float32 whatever the dtype."""
+        move(self.model, device, dtype)
         return self
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

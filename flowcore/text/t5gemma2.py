@@ -23,6 +23,7 @@ from ..conditioning import Conditioning
 from ..errors import CheckpointError, ConfigError
 from ..weights.atomic import write_tensors
 from ..weights.checkpoint import read_tensors
+from ..weights.placement import move
 from ..weights.strict import assign_strict
 from .files import TOKENIZER_TENSOR, tokenizer_from_json
 
@@ -75,8 +76,8 @@ class T5Gemma2TextEncoder:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "T5Gemma2TextEncoder":
-        """Move the weights in place and return self."""
-        self.model.to(device=device, dtype=dtype)
+        """Move the weights in place and return self; rotary tables stay float32 whatever the dtype."""
+        move(self.model, device, dtype)
         return self
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

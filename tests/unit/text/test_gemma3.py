@@ -1,6 +1,7 @@
 """Gemma-3 text encoder: each prompt's result is its own; the recipe; its files; files that do not fit."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_sliding_window_is_applied(encoder: Gemma3TextEncoder) -> None:
     near, far = (text_states(model, ids, mask)[0] for model in (encoder.model, wide))
     assert_close(near[:8], far[:8], atol=TOLERANCE, rtol=0)
     assert float((near[8:] - far[8:]).abs().max()) > 1e-3
+
+
+def test_half_precision_leaves_the_rotary_tables_alone(encoder: Gemma3TextEncoder) -> None:
+    half = deepcopy(encoder).to(dtype=torch.bfloat16)
+    assert half.model.embed_tokens.weight.dtype == torch.bfloat16
+    tables = {name: table for name, table in half.model.named_buffers() if "inv_freq" in name}
+    assert tables
+    for name, table in encoder.model.named_buffers():
+        assert name not in tables or torch.equal(tables[name], table)
 
 
 def test_word_tokenizer_has_gemmas_special_tokens() -> None:
