@@ -94,6 +94,19 @@ class Architecture:
     convert_lora: ConvertLora = as_is
 
 
+_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "module.",
+    "_orig_mod.",
+    "transformer.",
+    "model.",
+    "",
+)
+"""What ComfyUI, diffusers, and torch's compile and parallel wrappers put before the bare names."""
+
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="xut",
@@ -120,17 +133,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_channels=lambda config: config.out_channels // flux.PATCH_SIZE**2,
         size_extras=flux.default_extras,
         latent_spec="flux1",
-        prefixes=(
-            "model.diffusion_model.",
-            "diffusion_model.",
-            "module._orig_mod.",
-            "_orig_mod.module.",
-            "module.",
-            "_orig_mod.",
-            "transformer.",
-            "model.",
-            "",
-        ),
+        prefixes=_PREFIXES,
         layouts=(
             Layout(name="scaled_fp8", is_match=is_scaled, convert=from_scaled),
             Layout(name="diffusers", is_match=is_diffusers, convert=from_diffusers, export=to_diffusers),
@@ -149,17 +152,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_channels=lambda config: config.in_channels,
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
-        prefixes=(
-            "model.diffusion_model.",
-            "diffusion_model.",
-            "module._orig_mod.",
-            "_orig_mod.module.",
-            "module.",
-            "_orig_mod.",
-            "transformer.",
-            "model.",
-            "",
-        ),
+        prefixes=_PREFIXES,
         layouts=(
             Layout(
                 name="v3",
@@ -187,17 +180,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_channels=lambda config: config.in_channels,
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
-        prefixes=(
-            "model.diffusion_model.",
-            "diffusion_model.",
-            "module._orig_mod.",
-            "_orig_mod.module.",
-            "module.",
-            "_orig_mod.",
-            "transformer.",
-            "model.",
-            "",
-        ),
+        prefixes=_PREFIXES,
     ),
 )
 
