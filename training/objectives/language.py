@@ -1,8 +1,10 @@
-"""Objective of the demo's text encoder: next word and present word of captions.
+"""Objective of the demo's text encoder: next word, present word and the words before it.
 
 In a template language the next word does not depend on which colour or shape was just said, so next-word
 training alone forgets it: the states of "circle" and "star" end up 4 % of their length apart. The present
-word, read from the last hidden state through a fixed random head, keeps them apart.
+word, read from the last hidden state through a fixed random head, keeps them apart. The words before it, read
+in the same way, tell one "red" from another: a model that gives its text tokens no positions knows only from
+the states which object a word belongs to.
 """
 
 from __future__ import annotations
@@ -26,10 +28,16 @@ if TYPE_CHECKING:
     from flowcore.text.gemma3 import Gemma3TextEncoder
 
 HEAD_STD, HEAD_GAIN = 0.02, 4.0
+LOOKBACK = 5
+"""Words before the present one that a state must tell; "left of a large blue square" reaches from end to end."""
 
 
 class LanguageObjective:
-    """Mean cross-entropy of the next token, plus that of the present token through a fixed random head."""
+    """Cross-entropy of the next token, plus that of the present and of the LOOKBACK tokens before it.
+
+    The latter are read through fixed random heads, one for each distance, and count as two losses together:
+    the present token's and the mean of the others'.
+    """
 
     def __init__(
         self,
@@ -46,14 +54,17 @@ class LanguageObjective:
         self.ids, self.mask = encoder.tokenize(captions)
         self.order = BatchOrder(seed, (len(captions),), batch_size)
         shape = encoder.model.embed_tokens.weight.shape
-        self.head = torch.randn(shape, generator=generator(seed, "head")).mul(HEAD_STD).to(device)
+        heads = torch.randn(1 + LOOKBACK, *shape, generator=generator(seed, "head"))
+        self.heads = heads.mul(HEAD_GAIN * HEAD_STD).to(device)
+        start = self.ids[:, :1].expand(-1, LOOKBACK)
+        self.spoken = torch.cat((start, self.ids), dim=1).unfold(1, 1 + LOOKBACK, 1).flip(2)  # b m k
 
     def batch_keys(self, step: int) -> tuple[str, list[str]]:
         """One bucket for all, and the numbers of the captions of a step's global batch."""
         return "captions", [str(number) for number in self.order.batch(step)[1]]
 
     def loss(self, step: int, part: slice) -> Tensor:
-        """Sum of both cross-entropies over the real tokens of samples `part`."""
+        """Sum of the three cross-entropies over the real tokens of samples `part`."""
         from flowcore.text.gemma3 import text_states
 
         _, numbers = self.order.batch(step)
@@ -63,15 +74,16 @@ class LanguageObjective:
         ids, mask = self.ids[rows, :length].to(self.device), mask[:, :length].to(self.device)
         states = text_states(self.module, ids, mask).float()  # b m d
         following = functional.linear(states[:, :-1][mask[:, 1:]], self.module.embed_tokens.weight.float())
-        present = functional.linear(states[mask], self.head) * HEAD_GAIN
-        return functional.cross_entropy(following, ids[:, 1:][mask[:, 1:]]) + functional.cross_entropy(
-            present, ids[mask]
-        )
+        spoken = self.spoken[rows, :length].to(self.device)[mask]  # n k: the present token, the one before...
+        logits = torch.einsum("n d, k v d -> n v k", states[mask], self.heads)
+        told = functional.cross_entropy(logits, spoken, reduction="none").mean(0)
+        return functional.cross_entropy(following, ids[:, 1:][mask[:, 1:]]) + told[0] + told[1:].mean()
 
     def preview(self, folder: Path, step: int, stop: StopFlag) -> dict[str, float]:
         """How far apart the states of words of one kind lie, as a share of their length."""
         stop.check()
         values = {f"separation/{kind}": separation(self.encoder, kind) for kind in SWAPS}
+        values["separation/object"] = object_separation(self.encoder)
         write_atomic(folder / f"step-{step:08d}.json", json.dumps(values, indent=1) + "\n")
         return values
 
@@ -100,3 +112,16 @@ def separation(encoder: Gemma3TextEncoder, kind: str) -> float:
     states = coded.context[:, place]
     distances = torch.pdist(states)
     return float(distances.min() / states.norm(dim=1).mean())
+
+
+@torch.no_grad()
+def object_separation(encoder: Gemma3TextEncoder) -> float:
+    """Smallest distance between the states of a colour word that names one or the other of two objects."""
+    captions = ("a {} circle left of a blue square", "a blue square left of a {} circle")
+    ratios = []
+    for word in SWAPS["color"][1]:
+        coded = encoder.encode([caption.format(word) for caption in captions])
+        assert coded.context is not None
+        states = torch.stack([coded.context[i, c.split().index("{}") + 1] for i, c in enumerate(captions)])
+        ratios.append(float(torch.dist(*states) / states.norm(dim=1).mean()))
+    return min(ratios)
