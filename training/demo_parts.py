@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 
+from flowcore.vae.latent_spec import LatentSpec
+from flowcore.weights.checkpoint import read_tensors
 from training.config import Data, LoopConfig, PartConfig, RunConfig, load_config
 from training.data.folder import scan
 from training.launch import Builder, Finisher, launch, pick_device
@@ -19,6 +21,11 @@ from training.log import read_metrics
 from training.loop import Objective, Run
 from training.scenes import parse_caption
 from training.stop import StopFlag
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from training.objectives.autoencoder import AutoencoderObjective
 
 CONFIGS = Path(__file__).parent / "configs"
 VAE_NAME, TEXT_NAME = "scenes-vae", "scenes-text"
@@ -44,36 +51,29 @@ class Request:
 
 
 def make_vae(request: Request, stop: StopFlag) -> bool:
-    """Trains the autoencoder and writes `out/scenes-vae/model.safetensors` with its latent statistics."""
+    """Trains the autoencoder, then its decoder alone, and writes `out/scenes-vae/model.safetensors`.
+
+    The second run leaves the latents as they are, and with them every model that was trained on them.
+    """
+    minutes = request.minutes
+    runs = ((_make_autoencoder, 0.7), (_refine_decoder, 0.3))
+    return all(make(replace(request, minutes=minutes and minutes * share), stop) for make, share in runs)
+
+
+def _make_autoencoder(request: Request, stop: StopFlag) -> bool:
+    """The autoencoder with the statistics of its latents."""
     from diffusers import AutoencoderKL
 
     from training.objectives.autoencoder import AutoencoderObjective, latent_statistics, preview_facts
 
     config = request.part_config("demo_vae")
-    count, crop = int(config.options["images"]), int(config.options["crop"])
-    samples, _ = scan(config.datasets, Data())
-    held_out, _ = scan(
-        [config.datasets[0].model_copy(update={"path": str(request.out / "scenes" / "held-out")})], Data()
-    )
     settings = yaml.safe_load((CONFIGS / "demo_vae_model.yaml").read_text(encoding="utf-8"))
 
     def build(device: torch.device, stop: StopFlag) -> AutoencoderObjective:
         torch.manual_seed(config.seed)
-        return AutoencoderObjective(
-            AutoencoderKL(**settings),
-            samples[:: max(1, len(samples) // count)],
-            held_out,
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            crop=crop,
-            device=device,
-            stop=stop,
-        )
+        return _autoencoder_objective(AutoencoderKL(**settings), request, config, device, stop)
 
     def finish(run: Run, _folder: Path) -> None:
-        from flowcore.vae.autoencoder import save_autoencoder
-        from flowcore.vae.latent_spec import LatentSpec
-
         objective = run.objective
         assert isinstance(objective, AutoencoderObjective)
         with run.averaged(), torch.no_grad():
@@ -81,11 +81,65 @@ def make_vae(request: Request, stop: StopFlag) -> bool:
             spec = LatentSpec(
                 name=VAE_NAME, channels=len(mean), downscale=8, mean=tuple(mean), std=tuple(std)
             )
-            facts = preview_facts(objective, spec)
-            module = deepcopy(objective.autoencoder).to("cpu", torch.bfloat16)
-            save_autoencoder(request.out / VAE_NAME / "model.safetensors", module, spec, metadata=facts)
+            _save_vae(request, objective, spec, preview_facts(objective, spec))
 
     return start(config, request, build, finish, stop)
+
+
+def _refine_decoder(request: Request, stop: StopFlag) -> bool:
+    """Further steps for the decoder of the autoencoder that lies in `out`; its encoder stays bit by bit."""
+    from flowcore.vae.autoencoder import load_vae
+    from training.objectives.autoencoder import AutoencoderObjective
+
+    config = request.part_config("demo_vae_decoder")
+    path = request.out / VAE_NAME / "model.safetensors"
+
+    def build(device: torch.device, stop: StopFlag) -> AutoencoderObjective:
+        module = load_vae(str(path), dtype=torch.float32).module
+        module.decoder.requires_grad_(True)
+        return _autoencoder_objective(module, request, config, device, stop)
+
+    def finish(run: Run, _folder: Path) -> None:
+        objective = run.objective
+        assert isinstance(objective, AutoencoderObjective)
+        facts = {k: v for k, v in read_tensors(path)[1].items() if k.startswith("flowcore.latent_rgb")}
+        with run.averaged():
+            _save_vae(request, objective, load_vae(str(path)).spec, facts)
+
+    return start(config, request, build, finish, stop)
+
+
+def _autoencoder_objective(
+    module: AutoencoderKL, request: Request, config: PartConfig, device: torch.device, stop: StopFlag
+) -> AutoencoderObjective:
+    """The objective over as many training pictures as the options say, and all held-out ones."""
+    from training.objectives.autoencoder import AutoencoderObjective
+
+    count, crop = int(config.options["images"]), int(config.options["crop"])
+    samples, _ = scan(config.datasets, Data())
+    held_out, _ = scan(
+        [config.datasets[0].model_copy(update={"path": str(request.out / "scenes" / "held-out")})], Data()
+    )
+    return AutoencoderObjective(
+        module,
+        samples[:: max(1, len(samples) // count)],
+        held_out,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        crop=crop,
+        device=device,
+        stop=stop,
+    )
+
+
+def _save_vae(
+    request: Request, objective: AutoencoderObjective, spec: LatentSpec, facts: dict[str, str]
+) -> None:
+    """Writes the module as it stands, in bfloat16."""
+    from flowcore.vae.autoencoder import save_autoencoder
+
+    module = deepcopy(objective.autoencoder).to("cpu", torch.bfloat16)
+    save_autoencoder(request.out / VAE_NAME / "model.safetensors", module, spec, metadata=facts)
 
 
 def start(config: LoopConfig, request: Request, build: Builder, finish: Finisher, stop: StopFlag) -> bool:

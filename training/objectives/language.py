@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HEAD_STD, HEAD_GAIN = 0.02, 4.0
 LOOKBACK = 5
-"""Words before the present one that a state must tell; "left of a large blue square" reaches from end to end."""
+"""Words before the present one that a state must tell: "left of a large blue square" from end to end."""
 
 
 class LanguageObjective:

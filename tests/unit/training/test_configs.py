@@ -12,7 +12,7 @@ from training.config import LoopConfig, PartConfig, RunConfig, load_config
 from training.optim import plan_groups
 
 FOLDER = ROOT / "training" / "configs"
-PARTS = {"demo_vae": PartConfig, "demo_text": PartConfig}
+PARTS = {"demo_vae": PartConfig, "demo_vae_decoder": PartConfig, "demo_text": PartConfig}
 NO_RUNS = {"demo_vae_model"}
 NAMES = sorted(path.stem for path in FOLDER.iterdir())
 RUNS = [name for name in NAMES if name not in {*PARTS, *NO_RUNS}]
