@@ -54,6 +54,13 @@ class Conditioning:
 
         return self._map(grow)
 
+    def cut(self, length: int) -> "Conditioning":
+        """Return a copy whose context has at most `length` tokens, the first ones."""
+        context, mask = (
+            None if part is None else part[:, :length] for part in (self.context, self.context_mask)
+        )
+        return replace(self, context=context, context_mask=mask)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Return a copy with every present tensor changed."""
         context, mask, pooled = (
@@ -61,6 +68,15 @@ class Conditioning:
         )
         extras = {name: change(part) for name, part in self.extras.items()}
         return replace(self, context=context, context_mask=mask, pooled=pooled, extras=extras)
+
+
+def zeroed(conditioning: Conditioning) -> Conditioning:
+    """Return the conditions with zeros as text and as pooled vector: how some models are told nothing."""
+    context, pooled = (
+        None if part is None else torch.zeros_like(part)
+        for part in (conditioning.context, conditioning.pooled)
+    )
+    return replace(conditioning, context=context, pooled=pooled)
 
 
 def cat(items: Sequence[Conditioning]) -> Conditioning:

@@ -229,6 +229,8 @@ class Pipeline:
         """Return the velocity under guidance for a batch of prompts; both predictions come from one call."""
         conditional = self.condition(prompts, settings)
         unconditional = self.condition([settings.negative_prompt] * len(prompts), settings)
+        if not settings.negative_prompt:
+            unconditional = self.model.architecture.null_text(unconditional)
         both = cat([conditional, unconditional])
 
         def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,8 +248,9 @@ class Pipeline:
     def condition(self, prompts: Sequence[str], settings: Settings) -> Conditioning:
         """Return the conditioning of prompts, with what the architecture wants to know of the size."""
         width, height = self._size(settings)
-        text = self.text_encoder.encode(prompts, self.text_mode)
-        extras = self.model.architecture.size_extras(self.model.config, width, height)
+        architecture, config = self.model.architecture, self.model.config
+        text = self.text_encoder.encode(prompts, self.text_mode).cut(architecture.text_shape(config).length)
+        extras = architecture.size_extras(config, width, height)
         grown = {name: part.expand(len(prompts), *part.shape[1:]) for name, part in extras.items()}
         return replace(text, extras={**text.extras, **grown}).to(self.device)
 

@@ -109,7 +109,8 @@ def build_model(prepared: Prepared) -> nn.Module:
     """The model in float32: seeded random weights, or those of `model.weights`, which must fit the preset."""
     config, architecture = prepared.config, prepared.architecture
     torch.manual_seed(config.seed)
-    model = architecture.model(prepared.model_config)
+    is_fresh = config.model.weights is None
+    model = architecture.model(prepared.model_config, **(architecture.fresh if is_fresh else {}))
     if config.model.weights is not None:
         model.load_state_dict(read_weights(config, architecture, prepared.model_config))
     return model
@@ -154,8 +155,8 @@ def build_objective(
     model = build_model(prepared)
     channels = architecture.latent_channels(prepared.model_config)
     images = image_encoder(config.encoders.vae, channels, architecture.latent_spec, device)
-    width, length = prepared.model_config.ctx_dim, prepared.model_config.ctx_size
-    captions = caption_encoder(config.encoders.text, width, length, device)
+    text = architecture.text_shape(prepared.model_config)
+    captions = caption_encoder(config.encoders.text, text, device)
     data = EncodedSamples(
         prepared.samples,
         prepared.buckets,
@@ -219,10 +220,12 @@ def save_weights(
 ) -> None:
     """Writes weights in `output.dtype` (or `dtype`) under their original names, with what their users need.
 
-    That is: sizes, resolution, latent space, VAE and text encoder. `facts` are further metadata.
+    That is: sizes, resolution, latent space, VAE and text encoder. `facts` are further metadata. Tables that
+    a model derives for itself are left out.
     Raises: RunError if the file cannot be written.
     """
     architecture, model_config = prepare_model(config)
+    names = [name for name, _ in architecture.model(model_config, device="meta").named_parameters()]
     channels = architecture.latent_channels(model_config)
     images = image_encoder(config.encoders.vae, channels, architecture.latent_spec, torch.device("cpu"))
     kind = DTYPES[dtype or config.output.dtype]
@@ -238,7 +241,7 @@ def save_weights(
         **images.facts,
         **(facts or {}),
     }
-    cast = {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}
+    cast = {name: state[name].to(kind) for name in names}
     try:
         save_model(path, cast, architecture=architecture, config=model_config, metadata=metadata)
     except CheckpointError as err:

@@ -76,7 +76,7 @@ def _multiple_of(step: int, size: int) -> int:
 class Model(Strict):
     """Architecture, its sizes, and weights to start from."""
 
-    arch: Literal["xut"]
+    arch: Literal["xut", "flux", "tinyflux", "single_stream"]
     preset: str = "tiny"
     weights: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)

@@ -13,6 +13,7 @@ from training.scenes.scene import ObjectCount
 from training.stop import StopFlag
 
 CONFIGS = Path(__file__).parent / "configs"
+ARCHITECTURES = tuple(sorted(p.stem.removesuffix("_demo") for p in CONFIGS.glob("*_demo.yaml")))
 TRAIN_COUNT, HELD_OUT_COUNT = 8000, 256
 SHORT_MINUTES = 30
 """Runs below this draw half of the scenes: they see each a few times only."""
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "part", choices=("vae", "text", "model"), help="autoencoder, text encoder or flow model"
     )
     made.add_argument(
-        "--arch", default="xut", choices=("xut",), help="architecture of the model (default: xut)"
+        "--arch", default="xut", choices=ARCHITECTURES, help="architecture of the model (default: xut)"
     )
     made.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of scenes, runs and results"

@@ -14,6 +14,7 @@ from torch.nn import functional
 from flowcore.assets import resolve
 from flowcore.conditioning import Conditioning
 from flowcore.errors import ConfigError
+from flowcore.models import TextShape
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.checkpoint import read_tensors
 from training.files import sha256
@@ -47,9 +48,10 @@ class CaptionEncoder(Protocol):
 
     identity: str
     width: int
+    pooled: int | None
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Context `b m d` and its mask."""
+        """Context `b m d`, its mask, and the pooled vector `b k` if `pooled` gives a width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,8 @@ class ByteEncoder:
 
     def __init__(self, width: int, length: int) -> None:
         """Vectors of `width`; captions are cut or padded to `length` bytes."""
-        self.width, self.length = width, length
-        self.identity = f"bytes-{width}-{length}"
+        self.width, self.pooled, self.length = width, width, length
+        self.identity = f"bytes-mean-{width}-{length}"
         self._table = torch.randn(257, width, generator=generator(0, "bytes"))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -119,18 +121,20 @@ class FileImageEncoder:
 class FileCaptionEncoder:
     """A text encoder from a file, a folder or a bundled name."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        """Raises: CheckpointError if the file cannot be used."""
+    pooled: int | None = None
+
+    def __init__(self, name: str, length: int, device: torch.device) -> None:
+        """Texts are cut to `length` tokens. Raises: CheckpointError if the file cannot be used."""
         from flowcore.text.gemma3 import load_text_encoder
 
         self.encoder = load_text_encoder(name, device=device)
-        self.width = self.encoder.width
-        self.identity = _file_identity(name)
+        self.width, self.length = self.encoder.width, length
+        self.identity = f"{_file_identity(name)}-{length}"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """States of all tokens and their mask."""
-        return self.encoder.encode(prompts)
+        """States of the tokens and their mask."""
+        return self.encoder.encode(prompts).cut(self.length)
 
 
 def image_encoder(name: str | None, channels: int, spec: str, device: torch.device) -> ImageEncoder:
@@ -149,16 +153,28 @@ def image_encoder(name: str | None, channels: int, spec: str, device: torch.devi
     return made
 
 
-def caption_encoder(name: str | None, width: int, length: int, device: torch.device) -> CaptionEncoder:
+def caption_encoder(name: str | None, text: TextShape, device: torch.device) -> CaptionEncoder:
     """Encoder named by `encoders.text`; `bytes` if the name is left out.
 
-    Raises: ConfigError if its width is not the model's.
+    Raises: ConfigError if it does not give what the model reads of a text.
     """
+    if text.width is None:
+        raise ConfigError("model.preset must be of a model that reads text, got one that reads none")
     made: CaptionEncoder = (
-        ByteEncoder(width, length) if name in (None, "bytes") else FileCaptionEncoder(str(name), device)
+        ByteEncoder(text.width, text.length)
+        if name in (None, "bytes")
+        else FileCaptionEncoder(str(name), text.length, device)
     )
-    if made.width != width:
-        raise ConfigError(f"encoders.text: {name} must have the model's text width {width}, got {made.width}")
+    if made.width != text.width:
+        raise ConfigError(
+            f"encoders.text: {name} must have the model's text width {text.width}, got {made.width}"
+        )
+    is_left_out = made.pooled is None and not text.needs_pooled
+    if text.pooled is not None and made.pooled != text.pooled and not is_left_out:
+        raise ConfigError(
+            f"encoders.text: {name} must give a pooled vector of the model's width {text.pooled}, "
+            f"got {made.pooled}"
+        )
     return made
 
 

@@ -17,6 +17,7 @@ from training.optim import plan_groups
 
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
 TEXT_TOKENS = 64
+"""Tokens of a caption that activations are counted for, where the model takes as many."""
 HALF_SHARE = 0.6
 """Saved tensors under mixed precision: products are in 16 bits, norms and the residual stream in 32."""
 MAX_CROP, MAX_ZOOM = 1 / 3, 1.5
@@ -26,12 +27,11 @@ def make_plan(prepared: Prepared) -> dict[str, Any]:
     """The plan as JSON-like values; memory in bytes, bucket sizes in pixels."""
     config = prepared.config
     module = prepared.architecture.model(prepared.model_config, device="meta")
-    count = sum(p.numel() for p in module.parameters())
     buckets = Counter(prepared.buckets)
     return {
         "arch": prepared.architecture.name,
-        "parameters": count,
-        "trainable_parameters": count,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "memory": memory(module, prepared, max(buckets, key=lambda b: b.width * b.height)),
         "steps": config.train.steps,
         "epochs": config.train.steps * config.train.batch_size / len(prepared.samples),
@@ -67,9 +67,7 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
     channels = prepared.architecture.latent_channels(model_config)
     height, width = bucket.height // CELL, bucket.width // CELL
     latents = torch.empty(batch, channels, height, width, device="meta")
-    context = torch.empty(batch, min(TEXT_TOKENS, model_config.ctx_size), model_config.ctx_dim, device="meta")
-    extras = prepared.architecture.size_extras(model_config, width, height)
-    conditioning = Conditioning(context=context, extras={k: v.to("meta") for k, v in extras.items()})
+    conditioning = _conditioning(prepared, batch, width, height)
     own = {_address(parameter) for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -84,7 +82,7 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
             module.forward,
             latents,
             torch.empty(batch, device="meta"),
-            conditioning.expand(batch),
+            conditioning,
             generator=torch.Generator(),
             runtime=Runtime(run_block=run_checkpointed)
             if config.train.gradient_checkpointing
@@ -92,6 +90,17 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
         )
     scale = 1 if config.precision == "float32" else HALF_SHARE
     return int(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * scale)
+
+
+def _conditioning(prepared: Prepared, batch: int, width: int, height: int) -> Conditioning:
+    """Conditions of the shapes that training has, without values; width and height in latents."""
+    text = prepared.architecture.text_shape(prepared.model_config)
+    extras = prepared.architecture.size_extras(prepared.model_config, width, height)
+    return Conditioning(
+        context=None if text.width is None else torch.empty(batch, min(TEXT_TOKENS, text.length), text.width),
+        pooled=torch.empty(batch, text.pooled) if text.pooled is not None and text.needs_pooled else None,
+        extras={name: value.expand(batch, *value.shape[1:]) for name, value in extras.items()},
+    ).to("meta")
 
 
 def _address(tensor: Tensor) -> int:

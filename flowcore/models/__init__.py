@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from ..conditioning import Conditioning, zeroed
 from ..errors import CheckpointError
 from . import flux, single_stream, tinyflux, xut
 from .flux.layouts import from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
@@ -33,6 +34,11 @@ def as_is(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mapping
     return tensors
 
 
+def unchanged(conditioning: Conditioning) -> Conditioning:
+    """Return the conditioning: `Architecture.null_text` where the empty text itself stands for none."""
+    return conditioning
+
+
 class ModelConfig(Protocol):
     """What every architecture's configuration offers besides its fields."""
 
@@ -55,6 +61,20 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextShape:
+    """What a model reads of a text.
+
+    width: of a token's state; None = it reads no text. length: the most tokens; longer texts are cut. pooled:
+    width of the vector of the whole text; None = it reads none. needs_pooled: whether it must be given one.
+    """
+
+    width: int | None
+    length: int
+    pooled: int | None = None
+    needs_pooled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """One architecture: how to recognise, build, and call its models.
 
@@ -67,9 +87,13 @@ class Architecture:
         is_match: whether bare names are this architecture's.
         velocity: (forward, latents, sigma, conditioning, **options) -> velocity.
         latent_channels: configuration -> channels of its latents.
+        text_shape: configuration -> what its models read of a text.
+        null_text: the encoded empty text -> the condition of models told nothing, in training with dropped
+            captions and in guidance without a negative prompt.
         size_extras: (configuration, width, height of the image) -> the `Conditioning.extras` that follow from
             the size alone, batch 1.
         latent_spec: name of the latent space where a file states none.
+        fresh: further arguments of `model` for weights that are to be trained from scratch.
         prefixes: what files put before the bare names.
         layouts: foreign namings that are converted on loading.
         lora_names: every foreign name by which LoRA files call a layer.
@@ -85,9 +109,12 @@ class Architecture:
     is_match: Callable[[Collection[str]], bool]
     velocity: Callable[..., Tensor]
     latent_channels: Callable[[Any], int]
+    text_shape: Callable[[Any], TextShape]
     size_extras: Callable[[Any, int, int], dict[str, Tensor]]
     latent_spec: str
     prefixes: tuple[str, ...]
+    null_text: Callable[[Conditioning], Conditioning] = unchanged
+    fresh: Mapping[str, Any] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = ()
     lora_names: NameLayers = no_names
     diffusers_names: NameLayers = no_names
@@ -117,6 +144,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         is_match=xut.is_match,
         velocity=xut.velocity,
         latent_channels=lambda config: config.input_dim,
+        text_shape=lambda config: TextShape(width=config.ctx_dim, length=config.ctx_size),
         size_extras=xut.size_extras,
         latent_spec="eq-sdxl",
         prefixes=("model.diffusion_model.", "diffusion_model.", "unet.model.", "transformer.", "model.", ""),
@@ -131,6 +159,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         is_match=flux.is_match,
         velocity=flux.velocity,
         latent_channels=lambda config: config.out_channels // flux.PATCH_SIZE**2,
+        text_shape=lambda config: TextShape(
+            width=config.context_in_dim,
+            length=flux.TEXT_LENGTH,
+            pooled=config.vec_in_dim,
+            needs_pooled=config.needs_y,
+        ),
+        fresh={"init": "zero"},
         size_extras=flux.default_extras,
         latent_spec="flux1",
         prefixes=_PREFIXES,
@@ -150,6 +185,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         is_match=tinyflux.is_match,
         velocity=tinyflux.velocity,
         latent_channels=lambda config: config.in_channels,
+        text_shape=lambda config: TextShape(
+            width=config.joint_attention_dim,
+            length=tinyflux.TEXT_LENGTH,
+            pooled=config.pooled_projection_dim,
+            needs_pooled=not config.pooled_from_text,
+        ),
+        null_text=zeroed,
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
         prefixes=_PREFIXES,
@@ -178,6 +220,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         is_match=single_stream.is_match,
         velocity=single_stream.velocity,
         latent_channels=lambda config: config.in_channels,
+        text_shape=lambda config: TextShape(width=config.text_embed_dim, length=config.max_token_length),
+        null_text=zeroed,
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
         prefixes=_PREFIXES,

@@ -73,11 +73,19 @@ class EncodedSamples:
         return torch.stack([self._latents.entries[self._image_keys[n]]["latents"] for n in numbers]).float()
 
     def conditioning(self, captions: Sequence[str]) -> Conditioning:
-        """Token states of captions of this set (or the empty one), padded to the longest, with their mask."""
-        states = [self._texts.entries[self._text_keys[caption]]["context"].float() for caption in captions]
-        lengths = torch.tensor([len(s) for s in states])
+        """Token states of captions of this set (or the empty one), padded to the longest, with their mask.
+
+        And their pooled vectors, if the encoder gives some.
+        """
+        texts = [self._texts.entries[self._text_keys[caption]] for caption in captions]
+        lengths = torch.tensor([len(text["context"]) for text in texts])
+        states = [text["context"].float() for text in texts]
         context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        return Conditioning(context=context, context_mask=torch.arange(context.shape[1]) < lengths[:, None])
+        return Conditioning(
+            context=context,
+            context_mask=torch.arange(context.shape[1]) < lengths[:, None],
+            pooled=torch.stack([text["pooled"].float() for text in texts]) if "pooled" in texts[0] else None,
+        )
 
     def _encode_images(self, work: list[tuple[Sample, Bucket]], encoder: ImageEncoder) -> None:
         """Encodes each picture alone, so that its bits do not depend on its neighbours."""
@@ -140,15 +148,24 @@ class EncodedSamples:
 
         def encode(items: list[tuple[str, str]]) -> list[Encoded | None]:
             coded = encoder.encode([caption for _, caption in items])
-            assert coded.context is not None
-            assert coded.context_mask is not None
-            lengths = coded.context_mask.sum(1).tolist()
             results: list[Encoded | None] = []
-            for (_, caption), states, length in zip(items, coded.context, lengths, strict=True):
-                if not torch.isfinite(states).all():
+            for (_, caption), parts in zip(items, _rows(coded), strict=True):
+                if not all(torch.isfinite(part).all() for part in parts.values()):
                     raise DataError(f"text states of caption {caption!r} must be finite, got others")
-                results.append({"context": states[:length].to(self._dtype).clone()})
+                results.append({name: part.to(self._dtype).clone() for name, part in parts.items()})
             return results
 
         work = [(key, caption) for caption, key in self._text_keys.items()]
         self._texts.fill(work, encode, chunk=TEXT_CHUNK, what="encode captions")
+
+
+def _rows(coded: Conditioning) -> list[Encoded]:
+    """Each caption's states `m d`, without padding, and its pooled vector `k` if there is one."""
+    assert coded.context is not None
+    rows: list[Encoded] = [{"context": states} for states in coded.context]
+    if coded.context_mask is not None:
+        lengths = coded.context_mask.sum(1).tolist()
+        rows = [{"context": row["context"][:length]} for row, length in zip(rows, lengths, strict=True)]
+    if coded.pooled is not None:
+        rows = [{**row, "pooled": pooled} for row, pooled in zip(rows, coded.pooled, strict=True)]
+    return rows

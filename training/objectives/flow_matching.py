@@ -90,22 +90,37 @@ class FlowMatchingObjective:
         """Mean squared velocity error of samples `part` of a step's batch, float32."""
         numbers = self.samples(step)
         clean = self.data.latents(numbers[part])
-        uniforms, noises, captions = [], [], []
+        uniforms, noises, captions, dropped = [], [], [], []
         for position, number in list(enumerate(numbers))[part]:
             draw = generator(self.recipe.seed, "sample", step, position)
             level, drop = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
             uniforms.append(level)
-            captions.append("" if drop < self.recipe.cond_dropout else self.data.samples[number].caption)
+            dropped.append(drop < self.recipe.cond_dropout)
+            captions.append("" if dropped[-1] else self.data.samples[number].caption)
             noises.append(torch.randn(clean.shape[1:], generator=draw))
         quantiles = self.law.quantile(torch.tensor(uniforms, dtype=torch.float64))
         sigma = quantiles.float().clamp(FLOOR, 1 - FLOOR).to(self.device)
         sample = interpolate(clean.to(self.device), torch.stack(noises).to(self.device), sigma)
-        conditioning = self.with_size(self.data.conditioning(captions), clean).to(self.device)
+        text = self._with_null(self.data.conditioning(captions), torch.tensor(dropped))
+        conditioning = self.with_size(text, clean).to(self.device)
         routing = generator(self.recipe.seed, "routing", step, part.start)
         predicted = self.architecture.velocity(
             self.module.forward, sample.noised, sigma, conditioning, generator=routing, runtime=self.runtime
         )
         return functional.mse_loss(predicted.float(), sample.velocity)
+
+    def _with_null(self, text: Conditioning, dropped: Tensor) -> Conditioning:
+        """The conditioning of captions, in the rows `dropped` (`b`) that of a model told nothing."""
+        null = self.architecture.null_text(text)
+
+        def choose(told: Tensor | None, nothing: Tensor | None) -> Tensor | None:
+            if told is None or nothing is None:
+                return told
+            return torch.where(dropped.reshape(-1, *[1] * (told.ndim - 1)), nothing, told)
+
+        return replace(
+            text, context=choose(text.context, null.context), pooled=choose(text.pooled, null.pooled)
+        )
 
     def with_size(self, conditioning: Conditioning, latents: Tensor) -> Conditioning:
         """The conditioning with what the architecture is told of the picture's size."""
@@ -139,9 +154,8 @@ class FlowMatchingObjective:
                 for i in range(len(prompts))
             ]
         ).to(self.device)
-        both = cat(
-            [self.caption_encoder.encode([*prompts]), self.caption_encoder.encode([""] * len(prompts))]
-        )
+        told, empty = (self.caption_encoder.encode(texts) for texts in ([*prompts], [""] * len(prompts)))
+        both = cat([told, self.architecture.null_text(empty)])
         conditioning = self.with_size(both, noise.repeat(2, 1, 1, 1)).to(self.device)
         velocity = self._guided(conditioning, sampling.cfg)
 

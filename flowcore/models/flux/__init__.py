@@ -2,12 +2,13 @@
 
 from .config import PRESETS, FluxConfig, infer_config, is_match
 from .model import Flux
-from .packing import PATCH_SIZE
+from .packing import PATCH_SIZE, TEXT_LENGTH
 from .velocity import default_extras, velocity
 
 __all__ = [
     "PATCH_SIZE",
     "PRESETS",
+    "TEXT_LENGTH",
     "Flux",
     "FluxConfig",
     "default_extras",

@@ -21,7 +21,8 @@ class FluxConfig:
     in_channels, context_in_dim, vec_in_dim: widths of a data token, a condition token and the vector y.
     out_channels may differ from in_channels: FLUX.1's control models take further channels in.
     axes_dim: channels of a head that turn with each axis of the positions. qkv_bias: of the double blocks;
-    single blocks always have one.
+    single blocks always have one. pooled_from_text: without y the mean of the condition tokens stands in, for
+    text encoders that give none; the originals leave y out.
     """
 
     in_channels: int
@@ -37,6 +38,7 @@ class FluxConfig:
     theta: float = 10_000
     qkv_bias: bool = True
     guidance_embed: bool = False
+    pooled_from_text: bool = False
 
     def __post_init__(self) -> None:
         """Check every field. Raises: ConfigError."""
@@ -58,6 +60,11 @@ class FluxConfig:
             )
         if self.theta <= 0:
             raise ConfigError(f"theta must be positive, got {self.theta}")
+        if self.pooled_from_text and self.vec_in_dim != self.context_in_dim:
+            raise ConfigError(
+                f"vec_in_dim must be context_in_dim = {self.context_in_dim} with pooled_from_text, "
+                f"got {self.vec_in_dim}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -112,7 +119,7 @@ _LEAST = {
     "depth": 0,
     "depth_single_blocks": 0,
 }
-_DEFAULTED = ("mlp_ratio", "theta", "qkv_bias", "guidance_embed")
+_DEFAULTED = ("mlp_ratio", "theta", "qkv_bias", "guidance_embed", "pooled_from_text")
 
 _FLUX1 = FluxConfig(
     in_channels=64,
@@ -130,6 +137,18 @@ _CONTROL = replace(_DEV, in_channels=128)
 
 PRESETS: Mapping[str, FluxConfig] = {
     "tiny": FluxConfig(
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=32,
+        context_in_dim=32,
+        hidden_size=48,
+        num_heads=3,
+        depth=1,
+        depth_single_blocks=2,
+        axes_dim=(4, 6, 6),
+        pooled_from_text=True,
+    ),
+    "points": FluxConfig(
         in_channels=2,
         out_channels=2,
         vec_in_dim=4,
@@ -151,6 +170,7 @@ PRESETS: Mapping[str, FluxConfig] = {
         depth=2,
         depth_single_blocks=4,
         axes_dim=(8, 12, 12),
+        pooled_from_text=True,
     ),
     "readme": FluxConfig(
         in_channels=2,
@@ -171,8 +191,9 @@ PRESETS: Mapping[str, FluxConfig] = {
     "flux-dev-depth-lora": _CONTROL,
     "flux-dev-fill": replace(_DEV, in_channels=384),
 }
-"""tiny: sequences of points (two position axes). demo: 16-channel latents, 2 x 2 of them a token. readme: the
-example of Flux Core. Kontext, Krea and Redux are flux-dev; `-lora`: the model with its LoRA merged."""
+"""tiny, demo: latents of 4 and of 16 channels, 2 x 2 of them a token. points: sequences of points, with two
+position axes. readme: the example of Flux Core. Kontext, Krea and Redux are flux-dev; `-lora`: the model
+with its LoRA merged."""
 
 
 def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FluxConfig:
@@ -214,6 +235,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             if depth
             else stored.get("qkv_bias", True),
             "guidance_embed": "guidance_in.in_layer.weight" in tensors,
+            "pooled_from_text": stored.get("pooled_from_text", False),
         }
     )
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ...errors import ConfigError
 from ...layers.embeddings import sinusoidal
+from ...layers.pooling import masked_mean
 from ...layers.rope import Rotation, position_rotation
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
 from .blocks import DoubleStreamBlock, LastLayer, MLPEmbedder, ModulationHead, Signals, SingleStreamBlock
@@ -92,7 +93,8 @@ class Flux(nn.Module):
             txt: condition tokens `b m d`.
             txt_ids: their positions `b m a` or `1 m a`.
             timesteps: times `b` in [0, 1], 1 = pure noise, float32 whatever the dtype of img.
-            y: vector `b d` of the whole condition; None leaves it out, which is not the same as zeros.
+            y: vector `b d` of the whole condition; None leaves it out, which is not the same as zeros; in a
+                model with `pooled_from_text`, None takes the mean of txt.
             guidance: strength `b` of the distilled guidance; read by models that embed it, else ignored.
             mask: `b (m n)` boolean, True = real token, condition tokens first; None attends to every token.
             runtime: replacements of the attention product and of blocks.
@@ -100,6 +102,8 @@ class Flux(nn.Module):
         Raises: ShapeError if an input has the wrong shape, or the model needs one that is missing.
         """
         check_inputs(self.config, img, img_ids, txt, txt_ids, timesteps, y=y, guidance=guidance, mask=mask)
+        if y is None and self.config.pooled_from_text:
+            y = masked_mean(txt, None if mask is None else mask[:, : txt.shape[1]])
         vec = self._condition(img.dtype, timesteps, y, guidance)  # b 1 d
         signals = Signals(
             condition=functional.silu(vec),

@@ -11,6 +11,8 @@ from ...errors import ShapeError
 
 PATCH_SIZE = 2
 """Latents a side of a token in FLUX.1."""
+TEXT_LENGTH = 512
+"""Text tokens of FLUX.1 [dev]; [schnell] has half as many."""
 
 
 def pack(latents: Tensor, patch_size: int = PATCH_SIZE) -> Tensor:

@@ -40,6 +40,7 @@ def velocity(
     *,
     dtype: torch.dtype | None = None,
     patch_size: int = PATCH_SIZE,
+    generator: torch.Generator | None = None,  # noqa: ARG001 - as in the other architectures
     **options: Any,
 ) -> Tensor:
     """Return the velocity in the shape and dtype of latents; Flux's own time and sign are the project's.
@@ -51,6 +52,7 @@ def velocity(
         conditioning: context and mask, pooled vector, the extras named by `EXTRAS`; batch 1 or all of them.
         dtype: what the network computes in; None = the dtype of latents. Positions keep theirs.
         patch_size: latents a side of a token; a grid that is no multiple of it is padded and cropped again.
+        generator: not read, for Flux draws nothing.
         options: passed to forward: runtime.
 
     Raises: ShapeError for an unknown extra, a missing context, or a sequence without positions.

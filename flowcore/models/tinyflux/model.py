@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...layers.norm import RMSNorm, at_use
+from ...layers.pooling import masked_mean
 from ...layers.precision import no_autocast
 from ...layers.rope import Rotation
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
@@ -48,6 +49,9 @@ from .inputs import (
     check_size,
     check_teachers,
 )
+
+TEXT_LENGTH = 128
+"""Text tokens that the published models were trained with."""
 
 Info: TypeAlias = dict[str, dict[str, Any] | None]
 """What the predictors said, by the original's names; None where one is absent or off."""
@@ -190,7 +194,7 @@ class TinyFlux(nn.Module):
     ) -> tuple[Tensor, LuneOutput | None, SolOutput | None]:
         """Return the condition of all blocks `b d`, float32, and what the predictors say."""
         time = self.time_in(times)
-        pooled = _mean(text) if text.pooled is None else text.pooled.float()
+        pooled = masked_mean(text.tokens, text.mask) if text.pooled is None else text.pooled.float()
         vector = time + self._text_vector(text, pooled)
         z = torch.cat((time, pooled), dim=-1)
         lune, sol = None, None
@@ -241,14 +245,6 @@ def _run_blocks(
         call = partial(block, signals=signals, attention=runtime.attention)
         x = runtime.run_block(kind, index, call, x)
     return x
-
-
-def _mean(text: Text) -> Tensor:
-    """Return the mean of the real tokens, `b k`, float32."""
-    if text.mask is None:
-        return text.tokens.float().mean(dim=1)
-    weights = text.mask / text.mask.sum(dim=1, keepdim=True).clamp_min(1)
-    return torch.einsum("bm,bmk->bk", weights, text.tokens.float())
 
 
 def _key_mask(mask: Tensor, num_image: int) -> Tensor:

@@ -1,7 +1,6 @@
 """TinyFlux in the project's convention: latents, noise level, conditioning in; velocity noise - clean out."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,10 +77,3 @@ def velocity_and_experts(
     )
     grid = rearrange(-result, "b (h w) c -> b c h w", h=latents.shape[2])
     return grid.to(latents.dtype), experts
-
-
-def zero_conditioning(conditioning: Conditioning) -> Conditioning:
-    """Return the null condition of models trained with dropped texts: zeros as text and as pooled vector."""
-    pooled = None if conditioning.pooled is None else torch.zeros_like(conditioning.pooled)
-    context = None if conditioning.context is None else torch.zeros_like(conditioning.context)
-    return replace(conditioning, context=context, pooled=pooled)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowcore.errors import CheckpointError, ConfigError
+from flowcore.models import TextShape
 from tests.tiny import TEXT, VAE, write_parts
 from training.encoders import ByteEncoder, PixelEncoder, caption_encoder, image_encoder
 
@@ -49,10 +50,15 @@ def test_bytes_do_not_depend_on_their_batch() -> None:
     assert torch.equal(together.context[1], alone.context[0])
 
 
+def shape(width: int, length: int, pooled: int | None = None, *, needs_pooled: bool = False) -> TextShape:
+    return TextShape(width=width, length=length, pooled=pooled, needs_pooled=needs_pooled)
+
+
 def test_the_built_in_encoders_are_the_default() -> None:
     assert image_encoder(None, 4, "sdxl", CPU).identity == image_encoder("pixels", 4, "sdxl", CPU).identity
-    assert caption_encoder(None, 8, 6, CPU).identity == caption_encoder("bytes", 8, 6, CPU).identity
-    assert caption_encoder("bytes", 8, 7, CPU).identity != caption_encoder("bytes", 8, 6, CPU).identity
+    six, seven = (caption_encoder("bytes", shape(8, length), CPU).identity for length in (6, 7))
+    assert caption_encoder(None, shape(8, 6), CPU).identity == six
+    assert seven != six
 
 
 def test_encoders_from_files_must_fit_the_model(tmp_path: Path) -> None:
@@ -60,11 +66,11 @@ def test_encoders_from_files_must_fit_the_model(tmp_path: Path) -> None:
     vae, text = str(tmp_path / VAE), str(tmp_path / TEXT)
     images = image_encoder(vae, 4, "sdxl", CPU)
     assert images.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 2, 2)
-    assert caption_encoder(text, 24, 16, CPU).encode(["a red circle"]).context is not None
+    assert caption_encoder(text, shape(24, 16), CPU).encode(["a red circle"]).context is not None
     with pytest.raises(ConfigError, match=r"encoders\.vae: .*must have the model's 16 channels, got 4"):
         image_encoder(vae, 16, "sdxl", CPU)
     with pytest.raises(ConfigError, match=r"encoders\.text: .*must have the model's text width 128, got 24"):
-        caption_encoder(text, 128, 16, CPU)
+        caption_encoder(text, shape(128, 16), CPU)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match=r"junk\.safetensors"):
         image_encoder(str(tmp_path / "junk.safetensors"), 4, "sdxl", CPU)
@@ -76,3 +82,28 @@ def test_other_weights_have_another_identity(tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "x.safetensors").write_bytes((tmp_path / VAE).read_bytes())
     assert image_encoder(str(tmp_path / "copy" / "x.safetensors"), 4, "sdxl", CPU).identity == first
+
+
+def test_texts_of_files_are_cut_to_the_length_of_the_model(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    coded = caption_encoder(str(tmp_path / TEXT), shape(24, 3), CPU).encode(["a red circle", ""])
+    assert coded.context is not None
+    assert coded.context_mask is not None
+    assert coded.context.shape == (2, 3, 24)
+    assert coded.context_mask.sum(1).tolist() == [3, 1]
+
+
+def test_a_pooled_vector_must_be_there_where_the_model_needs_it_and_fit(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    text = str(tmp_path / TEXT)
+    assert caption_encoder(text, shape(24, 16, 24), CPU).pooled is None
+    assert caption_encoder("bytes", shape(24, 16, 24, needs_pooled=True), CPU).pooled == 24
+    with pytest.raises(ConfigError, match=r"encoders\.text: .*pooled vector of .*width 24, got None"):
+        caption_encoder(text, shape(24, 16, 24, needs_pooled=True), CPU)
+    with pytest.raises(ConfigError, match=r"encoders\.text: bytes .*pooled vector of .*width 7, got 24"):
+        caption_encoder("bytes", shape(24, 16, 7), CPU)
+
+
+def test_a_model_without_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got one that reads none"):
+        caption_encoder("bytes", TextShape(width=None, length=8), CPU)

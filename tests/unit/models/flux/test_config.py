@@ -10,7 +10,7 @@ from torch import Tensor
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.models.flux import PRESETS, Flux, FluxConfig, infer_config
 
-TINY = PRESETS["tiny"]
+POINTS = PRESETS["points"]
 
 
 def meta_tensors(config: FluxConfig) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def stated(**fields: object) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("preset", "parameters", "tensors"),
     [
-        ("tiny", 261_602, 80),
+        ("points", 261_602, 80),
         ("demo", 2_325_056, 96),
         ("readme", 142_997_506, 96),
         ("flux-dev", 11_901_408_320, 780),
@@ -52,7 +52,7 @@ def test_sizes_of_presets(preset: str, parameters: int, tensors: int) -> None:
     ],
 )
 def test_inferred_from_shapes(changes: dict[str, object]) -> None:
-    config = replace(TINY, **changes)
+    config = replace(POINTS, **changes)
     inferred = infer_config(meta_tensors(config), stated(axes_dim=[8, 8], theta=100))
     assert inferred.mlp_dim == config.mlp_dim
     assert replace(inferred, mlp_ratio=config.mlp_ratio) == config
@@ -60,7 +60,7 @@ def test_inferred_from_shapes(changes: dict[str, object]) -> None:
 
 def test_every_width_of_the_feed_forward_is_found() -> None:
     for width in range(1, 400):
-        config = replace(TINY, depth=1, depth_single_blocks=0, mlp_ratio=(width + 0.5) / 48)
+        config = replace(POINTS, depth=1, depth_single_blocks=0, mlp_ratio=(width + 0.5) / 48)
         assert infer_config(meta_tensors(config), stated(axes_dim=[8, 8])).mlp_dim == config.mlp_dim == width
 
 
@@ -78,12 +78,12 @@ def test_heads_of_128_need_no_metadata(preset: str) -> None:
 
 def test_config_of_diffusers_tells_the_axes() -> None:
     fields = {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "axes_dims_rope": [2, 6, 8]}
-    inferred = infer_config(meta_tensors(TINY), stated(**fields))
-    assert inferred == replace(TINY, axes_dim=(2, 6, 8), theta=10_000)
+    inferred = infer_config(meta_tensors(POINTS), stated(**fields))
+    assert inferred == replace(POINTS, axes_dim=(2, 6, 8), theta=10_000)
 
 
 def test_ratio_is_the_stated_one_if_it_gives_the_width() -> None:
-    tensors = meta_tensors(replace(TINY, mlp_ratio=3.3))  # 158 wide
+    tensors = meta_tensors(replace(POINTS, mlp_ratio=3.3))  # 158 wide
     assert infer_config(tensors, stated(axes_dim=[8, 8], mlp_ratio=3.3)).mlp_ratio == 3.3
     for other in (4.0, "wide", float("nan")):
         assert infer_config(tensors, stated(axes_dim=[8, 8], mlp_ratio=other)).mlp_dim == 158
@@ -91,12 +91,12 @@ def test_ratio_is_the_stated_one_if_it_gives_the_width() -> None:
 
 def test_unknown_axes_are_asked_for() -> None:
     with pytest.raises(CheckpointError, match="must state axes_dim for heads of 16 channels, got none"):
-        infer_config(meta_tensors(TINY))
+        infer_config(meta_tensors(POINTS))
 
 
 def test_metadata_gives_only_what_shapes_do_not() -> None:
     lying = replace(PRESETS["demo"], axes_dim=(8, 8), hidden_size=16, num_heads=1, theta=7).to_dict()
-    assert infer_config(meta_tensors(TINY), stated(**lying)) == replace(TINY, theta=7)
+    assert infer_config(meta_tensors(POINTS), stated(**lying)) == replace(POINTS, theta=7)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_metadata_gives_only_what_shapes_do_not() -> None:
     ],
 )
 def test_unusable_tensors_are_named(name: str, shape: tuple[int, ...] | None, message: str) -> None:
-    tensors = meta_tensors(TINY)
+    tensors = meta_tensors(POINTS)
     del tensors[name]
     if shape is not None:
         tensors[name] = torch.empty(shape, device="meta")
@@ -146,7 +146,7 @@ def test_unusable_tensors_are_named(name: str, shape: tuple[int, ...] | None, me
 )
 def test_unusable_fields_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        FluxConfig.from_dict(TINY.to_dict() | changes)
+        FluxConfig.from_dict(POINTS.to_dict() | changes)
     assert str(caught.value).startswith(message)
 
 
@@ -158,4 +158,4 @@ def test_missing_fields_are_named() -> None:
 def test_flux1_sizes_need_y() -> None:
     assert PRESETS["flux-schnell"].needs_y
     assert PRESETS["flux-dev-fill"].needs_y
-    assert not any(PRESETS[preset].needs_y for preset in ("tiny", "demo", "readme"))
+    assert not any(PRESETS[preset].needs_y for preset in ("tiny", "points", "demo", "readme"))

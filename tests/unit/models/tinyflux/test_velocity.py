@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcore.conditioning import Conditioning, cat
+from flowcore.conditioning import Conditioning, cat, zeroed
 from flowcore.errors import ShapeError
 from flowcore.models import find_architecture
-from flowcore.models.tinyflux import velocity, velocity_and_experts, zero_conditioning
+from flowcore.models.tinyflux import velocity, velocity_and_experts
 from tests.support import FORWARD_LIMIT, assert_close
 from tests.unit.models.tinyflux.small import inputs, random_model, teachers
 
@@ -83,7 +83,7 @@ def test_wrong_conditions_are_named() -> None:
 
 
 def test_null_condition_is_zero() -> None:
-    null = zero_conditioning(told())
+    null = zeroed(told())
     assert null.context is not None
     assert null.pooled is not None
     assert not null.context.any()
