@@ -78,7 +78,8 @@ class ByteEncoder:
 
     def __init__(self, width: int, length: int) -> None:
         """Vectors of `width`; captions are cut or padded to `length` bytes."""
-        self.width, self.pooled, self.length = width, width, length
+        self.width, self.length = width, length
+        self.pooled: int | None = width
         self.identity = f"bytes-mean-{width}-{length}"
         self._table = torch.randn(257, width, generator=generator(0, "bytes"))
 

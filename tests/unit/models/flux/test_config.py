@@ -96,7 +96,9 @@ def test_unknown_axes_are_asked_for() -> None:
 
 def test_metadata_gives_only_what_shapes_do_not() -> None:
     lying = replace(PRESETS["demo"], axes_dim=(8, 8), hidden_size=16, num_heads=1, theta=7).to_dict()
-    assert infer_config(meta_tensors(POINTS), stated(**lying)) == replace(POINTS, theta=7)
+    assert infer_config(meta_tensors(POINTS), stated(**lying)) == replace(
+        POINTS, theta=7, pooled_from_text=True
+    )
 
 
 @pytest.mark.parametrize(
