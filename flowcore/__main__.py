@@ -100,6 +100,12 @@ def picture_parser() -> Parser:
     add("--count", type=int, default=1, metavar="N", help="pictures, with the seeds SEED, SEED + 1, ... (1)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     add("--dtype", default="auto", help="of the model: auto, float32, bfloat16 or float16 (auto)")
+    add(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="auto (flash-attn where it is installed and fits), sdpa or flash (auto)",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -159,6 +165,7 @@ def picture(options: argparse.Namespace) -> int:
         text_mode=options.text_mode,
         device=options.device,
         dtype=options.dtype,
+        attention=options.attention,
     )
     unknown = pipeline.text_encoder.unknown_words(options.prompt)
     if unknown:

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .layers.attention import sdpa
-
-AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(q, k, v, bias) -> result: q `b nh n e`; k, v `b nh m e`; bias broadcastable to `b nh n m`, additive or a
-boolean keep mask; result `b n (nh e)`."""
+from .layers.attention import AttentionFn, automatic
 
 BlockFn: TypeAlias = Callable[..., Tensor]
 RunBlockFn: TypeAlias = Callable[[str, int, BlockFn, Tensor], Tensor]
@@ -61,7 +57,7 @@ class Ops:
 class Runtime:
     """What a host may replace in one call of a model's forward."""
 
-    attention: AttentionFn = sdpa
+    attention: AttentionFn = automatic
     run_block: RunBlockFn = run_plain
 
 

@@ -20,6 +20,8 @@ from .flow.path import VelocityFn
 from .flow.solvers import SOLVERS
 from .flow.steps import NoiseFn, StepCallback
 from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_images
+from .layers.attention import find_attention
+from .ops import Runtime
 from .parts import load_model_vae, part_source, text_mode_of
 from .settings import Settings
 from .text.gemma3 import TextMode, load_text_encoder
@@ -52,6 +54,7 @@ class TextEncoder(Protocol):
 class Pipeline:
     """A diffusion model with its text encoder and autoencoder.
 
+    attention: what computes it, a name of `layers.attention.ATTENTIONS`.
     sources: what the settings in a picture call the parts.
     """
 
@@ -59,10 +62,12 @@ class Pipeline:
     text_encoder: TextEncoder
     vae: Autoencoder
     text_mode: TextMode = "sequence"
+    attention: str = "auto"
     sources: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Check that model and autoencoder share their latents. Raises: ConfigError."""
+        """Check that model and autoencoder share their latents, and the attention. Raises: ConfigError."""
+        find_attention(self.attention)
         channels = self.model.architecture.latent_channels(self.model.config)
         if channels != self.vae.spec.channels:
             raise ConfigError(
@@ -80,6 +85,7 @@ class Pipeline:
         text_mode: TextMode | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        attention: str = "auto",
     ) -> "Pipeline":
         """Return the pipeline of files or bundled names.
 
@@ -90,11 +96,13 @@ class Pipeline:
             text_mode: None = what the model file says, else "sequence".
             device: "auto" takes CUDA or MPS where there is one.
             dtype: of the diffusion model; "auto" is float32 on the CPU and bfloat16 elsewhere.
+            attention: "auto" takes flash-attn where it is installed and fits; else "sdpa" or "flash".
 
         Raises: CheckpointError or ConfigError, naming the file or the argument.
         """
         place = find_device(device)
         kind = find_dtype(dtype, place)
+        find_attention(attention)
         path = resolve(model)
         loaded = load_model(path, device=place, dtype=kind)
         sources = {"model": str(model)}
@@ -105,6 +113,7 @@ class Pipeline:
             text_encoder=load_text_encoder(sources["text_encoder"], device=place),
             vae=load_model_vae(sources["vae"], loaded, path.name, place),
             text_mode=text_mode_of(text_mode or loaded.metadata.get("flowcore.text_mode", "sequence")),
+            attention=attention,
             sources=sources,
         )
 
@@ -256,8 +265,9 @@ class Pipeline:
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the model's velocity `b c h w`, float32, of latents `b c h w` at levels `b`."""
+        runtime = Runtime(attention=find_attention(self.attention))
         return self.model.architecture.velocity(
-            self.model.model.forward, latents, sigma, conditioning, dtype=self.dtype
+            self.model.model.forward, latents, sigma, conditioning, dtype=self.dtype, runtime=runtime
         )
 
     @torch.inference_mode()
@@ -283,6 +293,7 @@ class Pipeline:
             "text_mode": self.text_mode,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
+            "attention": self.attention,
             **asdict(settings),
         }
 

@@ -311,7 +311,14 @@ def test_comfyui_manager_installs_the_same_packages_as_pip() -> None:
     assert not faults, f"an extension must leave torch alone and set no upper bound: {faults}"
 
 
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "tomllib": "tomli", "msvcrt": "", "fcntl": ""}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "flash_attn": "flash-attn",
+    "yaml": "pyyaml",
+    "tomllib": "tomli",
+    "msvcrt": "",
+    "fcntl": "",
+}
 
 
 def test_every_imported_package_is_declared() -> None:
@@ -320,7 +327,7 @@ def test_every_imported_package_is_declared() -> None:
         where: {re.split(r"[^\w-]", line.lower())[0] for line in lines}
         for where, lines in {**data["optional-dependencies"], "base": data["dependencies"]}.items()
     }
-    base = names["base"] | names["torch"]
+    base = names["base"] | names["torch"] | names["flash"]
     faults = []
     for folder, declared in (
         ("flowcore", base),

@@ -175,6 +175,7 @@ def build_objective(
         sampling=config.sampling,
         size=config.sampling.size or (config.buckets.resolution, config.buckets.resolution),
         is_checkpointed=config.train.gradient_checkpointing,
+        attention=config.train.attention,
     )
     objective = FlowMatchingObjective(
         model, architecture, data, images, captions, recipe, device=device, judge=judge

@@ -155,6 +155,7 @@ class Train(Strict):
     cond_dropout: float = Field(0.1, ge=0, le=1)
     gradient_checkpointing: bool = False
     compile: bool = False
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
     timesteps: Timesteps = Timesteps()
 
     @model_validator(mode="after")

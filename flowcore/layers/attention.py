@@ -1,9 +1,42 @@
-"""Attention over heads: the default product, and masks in the form it takes."""
+"""The attention product over heads, one signature whatever computes it."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
+
+from ..errors import ConfigError
+from . import flash
+
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q, k, v, bias) -> result: q `b nh n e`; k, v `b nh m e`; bias broadcastable to `b nh n m`, additive or a
+boolean keep mask; result `b n (nh e)`."""
+
+
+def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the attention by flash-attn where it is installed and fits, else by `sdpa`; shapes as there.
+
+    Compiled graphs keep to `sdpa`, which the compiler knows.
+    """
+    if torch.compiler.is_compiling() or flash.unfit(q, bias) is not None:
+        return sdpa(q, k, v, bias)
+    kernels = flash.find_kernels()
+    return sdpa(q, k, v, bias) if isinstance(kernels, str) else flash.flash(q, k, v, bias, kernels)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the attention by flash-attn; shapes as of `sdpa`.
+
+    Raises: ConfigError where it is not installed or does not fit.
+    """
+    kernels = flash.find_kernels()
+    fault = kernels if isinstance(kernels, str) else flash.unfit(q, bias)
+    if isinstance(kernels, str) or fault is not None:
+        raise ConfigError(f"attention flash must have what it needs: {fault}; use attention auto or sdpa")
+    return flash.flash(q, k, v, bias, kernels)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,13 +60,27 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if is_half and x.device.type == "cpu" else x
 
 
-def keep_mask_to_bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive form of a boolean keep mask: 0 where True, -inf where False."""
-    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, -torch.inf)
-
-
 def _product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
     mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return rearrange(mixed, "b nh n e -> b n (nh e)")
+
+
+ATTENTIONS: Mapping[str, AttentionFn] = {"auto": automatic, "sdpa": sdpa, "flash": flash_attn}
+"""What computes attention, by the name that users give."""
+
+
+def find_attention(name: str) -> AttentionFn:
+    """Return the attention of a name.
+
+    Raises: ConfigError if it is unknown, or flash-attn is asked for and cannot be had.
+    """
+    if name not in ATTENTIONS:
+        raise ConfigError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
+    kernels = flash.find_kernels() if name == "flash" else None
+    if isinstance(kernels, str):
+        raise ConfigError(
+            f"attention must be one that is here, got flash: {kernels}; pip install flash-attn, or use auto"
+        )
+    return ATTENTIONS[name]

@@ -14,8 +14,9 @@ from torch.nn import functional
 from flowcore.conditioning import Conditioning, cat
 from flowcore.flow import StepState, VelocityFn, cfg, interpolate, noise_law, sigma_grid
 from flowcore.flow.solvers import euler
+from flowcore.layers.attention import find_attention
 from flowcore.models import Architecture
-from flowcore.ops import DEFAULT_RUNTIME, Runtime, run_checkpointed
+from flowcore.ops import Runtime, run_checkpointed, run_plain
 from training.config import Sampling, Timesteps
 from training.data.encoded import EncodedSamples
 from training.data.order import BatchOrder
@@ -40,6 +41,7 @@ class Recipe:
     sampling: Sampling
     size: tuple[int, int]
     is_checkpointed: bool = False
+    attention: str = "auto"
 
 
 class FlowMatchingObjective:
@@ -72,7 +74,10 @@ class FlowMatchingObjective:
         self.order = BatchOrder(recipe.seed, tuple(map(len, self.groups)), recipe.batch_size)
         times = recipe.timesteps
         parameters = {"mean": times.mean, "std": times.std} if times.law == "logit_normal" else {}
-        self.runtime = Runtime(run_block=run_checkpointed) if recipe.is_checkpointed else DEFAULT_RUNTIME
+        self.runtime = Runtime(
+            attention=find_attention(recipe.attention),
+            run_block=run_checkpointed if recipe.is_checkpointed else run_plain,
+        )
         self.law = noise_law(times.law, shift=times.shift, **parameters)
 
     def samples(self, step: int) -> list[int]:

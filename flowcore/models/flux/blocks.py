@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...layers.attention import widen
+from ...layers.attention import AttentionFn, widen
 from ...layers.modulation import Modulation
 from ...layers.norm import rms_norm
 from ...layers.rope import Rotation, rotate_pairs
-from ...ops import AttentionFn, Ops
+from ...ops import Ops
 from .config import FluxConfig
 
 EPS = 1e-6

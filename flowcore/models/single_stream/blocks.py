@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...layers.attention import widen
+from ...layers.attention import AttentionFn, widen
 from ...layers.norm import RMSNorm
-from ...ops import AttentionFn, Ops, Runtime
+from ...ops import Ops, Runtime
 from .config import SingleStreamConfig
 from .fourier import ChannelMixer, SpectralGain
 from .positions import HalfRotation

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ShapeError
-from ...layers.attention import keep_mask_to_bias
 from ...layers.embeddings import sinusoidal
 from ...layers.norm import RMSNorm, at_use
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
@@ -117,7 +116,9 @@ class SingleStreamDiT(nn.Module):
         angles = grid_angles(rows, columns, self.config.head_dim, self.config.rope_base, x.device)
         rotation = joint_rotation(angles, num_text)
         image = self._embed_image(x)  # b n d
-        bias = None if text_bias is None else functional.pad(text_bias, (0, rows * columns))  # b 1 1 l
+        bias = (
+            None if text_bias is None else functional.pad(text_bias, (0, rows * columns), value=True)
+        )  # b 1 1 l
 
         for_text = Signals(condition=time, bias=text_bias)
         for_image = Signals(
@@ -145,7 +146,7 @@ class SingleStreamDiT(nn.Module):
     def _embed_text(
         self, x: Tensor, text: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return text tokens `b m d`, float32, and the bias `b 1 1 m` that hides masked ones."""
+        """Return text tokens `b m d`, float32, and the mask `b 1 1 m` of those that are seen."""
         config = self.config
         if text is None:
             text = x.new_zeros(x.shape[0], config.max_token_length, config.text_embed_dim)
@@ -159,7 +160,7 @@ class SingleStreamDiT(nn.Module):
         # Where everything is masked, the first token stays: text that sees nothing has no attention.
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         seen = mask.bool() | (first & ~mask.any(dim=1, keepdim=True))
-        return tokens, keep_mask_to_bias(seen, x.dtype)[:, None, None]
+        return tokens, seen[:, None, None]
 
     def _dropout_seeds(self, generator: torch.Generator | None) -> Sequence[int | None]:
         """Return a seed for each block that drops values, Nones where none does."""

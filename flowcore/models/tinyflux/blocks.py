@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...layers.attention import widen
+from ...layers.attention import AttentionFn, widen
 from ...layers.norm import RMSNorm, at_use
 from ...layers.rope import Rotation, rotate_pairs, rotation
-from ...ops import AttentionFn, Ops
+from ...ops import Ops
 from .config import TinyFluxConfig
 
 _THETA = 10_000.0

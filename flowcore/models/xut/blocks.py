@@ -16,12 +16,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...layers.attention import widen
+from ...layers.attention import AttentionFn, widen
 from ...layers.embeddings import sinusoidal, timestep_frequencies
 from ...layers.modulation import Modulation, modulation
 from ...layers.norm import RMSNorm, at_use
 from ...layers.rope import Rotation, axial_angles, rotate_pairs, rotation
-from ...ops import AttentionFn, Ops
+from ...ops import Ops
 from .config import XUTConfig
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...errors import ShapeError
-from ...layers.attention import keep_mask_to_bias
 from ...layers.modulation import modulation
 from ...layers.patch import pad_to_multiple, unpatchify
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
@@ -154,16 +154,12 @@ class XUDiT(nn.Module):
         tokens = self.in_patch(x).float()  # b n d
         if ctx is None and self.config.ctx_dim is not None:
             ctx = x.new_zeros(x.shape[0], self.config.ctx_size, self.config.ctx_dim)
-        context_bias = (
-            None if ctx_mask is None else keep_mask_to_bias(ctx_mask, x.dtype)[:, None, None]
-        )  # b 1 1 m
+        context_bias = None if ctx_mask is None else ctx_mask.bool()[:, None, None]  # b 1 1 m
         bias = None
         if self.ctx_proj is not None:
             text = self.ctx_proj(ctx).float()  # b m d
             if context_bias is not None:
-                bias = torch.cat(
-                    (context_bias.new_zeros(*context_bias.shape[:3], tokens.shape[1]), context_bias), -1
-                )
+                bias = functional.pad(context_bias, (tokens.shape[1], 0), value=True)  # b 1 1 (n + m)
             tokens = torch.cat((tokens, text), dim=1)  # b (n + m) d
             positions = torch.cat(
                 (positions, positions.new_zeros(positions.shape[0], text.shape[1], 2)), dim=1

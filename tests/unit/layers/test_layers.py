@@ -1,45 +1,12 @@
-"""Attention, norms, embeddings, modulation and patches."""
+"""Norms, embeddings, modulation and patches."""
 
 import pytest
 import torch
 
-from flowcore.layers.attention import keep_mask_to_bias, sdpa, widen
 from flowcore.layers.embeddings import sinusoidal, timestep_frequencies
 from flowcore.layers.modulation import modulation
 from flowcore.layers.norm import rms_norm
 from flowcore.layers.patch import pad_to_multiple, unpatchify
-from tests.support import FORWARD_LIMIT, assert_close
-
-
-def heads(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, 3, n, 8, generator=generator).to(dtype) for n in (5, 7, 7))
-
-
-def test_attention_is_the_formula_with_heads_merged() -> None:
-    q, k, v = heads()
-    bias = torch.randn(2, 1, 5, 7)
-    weights = torch.softmax(q @ k.mT / 8**0.5 + bias, dim=-1)
-    assert_close(sdpa(q, k, v, bias), (weights @ v).transpose(1, 2).flatten(2), limit=FORWARD_LIMIT)
-
-
-def test_keep_masks_and_their_biases_agree() -> None:
-    q, k, v = heads()
-    keep = torch.tensor([True] * 4 + [False] * 3)[None, None, None]
-    bias = keep_mask_to_bias(keep, torch.float32)
-    assert set(bias.flatten().tolist()) == {0.0, -torch.inf}
-    expected = sdpa(q, k[:, :, :4], v[:, :, :4])
-    assert_close(sdpa(q, k, v, keep), expected, limit=FORWARD_LIMIT)
-    assert_close(sdpa(q, k, v, bias), expected, limit=FORWARD_LIMIT)
-
-
-def test_half_precision_attention_computes_in_float32_on_the_cpu() -> None:
-    half = heads(torch.bfloat16)
-    expected = sdpa(*(part.float() for part in half)).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sdpa(*half), expected)
-    assert widen(half[0]).dtype == torch.float32
-    assert widen(half[0].double()).dtype == torch.float64
 
 
 def test_rms_norm_in_float32() -> None:

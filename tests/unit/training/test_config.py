@@ -15,7 +15,7 @@ SURFACE = """
 output output.dir output.name output.dtype
 seed precision
 train train.method train.steps train.batch_size train.micro_batch_size train.grad_clip train.cond_dropout
-train.gradient_checkpointing train.compile
+train.gradient_checkpointing train.compile train.attention
 train.timesteps train.timesteps.law train.timesteps.mean train.timesteps.std train.timesteps.shift
 optimizer optimizer.name optimizer.lr optimizer.rule optimizer.weight_decay optimizer.betas
 optimizer.groups optimizer.groups.pattern optimizer.groups.name optimizer.groups.lr optimizer.groups.rule
