@@ -275,9 +275,30 @@ def convert_parser() -> Parser:
     return parser
 
 
+def budget(options: argparse.Namespace) -> int:
+    """Print how many parameters each part of an architecture has."""
+    from .models.exo.budget import budget_table
+
+    print(budget_table(options.presets))
+    return DONE
+
+
+def budget_parser() -> Parser:
+    """Return the options of `python -m flowcore budget`."""
+    parser = Parser(
+        prog="python -m flowcore budget",
+        description="Count the parameters of each part, without building anything.",
+    )
+    parser.add_argument("architecture", choices=("exo",), help="exo: the one that is made of many parts")
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help="such as 8b (all)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 COMMANDS: dict[str, tuple[Command, Callable[[], Parser]]] = {
     "inspect": (inspect, inspect_parser),
     "convert": (convert, convert_parser),
+    "budget": (budget, budget_parser),
 }
 
 

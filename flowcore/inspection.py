@@ -72,13 +72,13 @@ def layouts_of(architecture: Architecture) -> dict[str, str]:
 
 def _describe_kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """Return kind, architecture, layout and configuration."""
-    part = _part(tensors.keys())
-    if part is not None:
-        return {"kind": part}
     try:
         architecture, prefix = detect(tensors.keys())
     except CheckpointError as err:
-        raise CheckpointError(f"{path}: {err}") from err
+        part = _part(tensors.keys())
+        if part is None:
+            raise CheckpointError(f"{path}: {err}") from err
+        return {"kind": part}
     bare = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
     found = find_layout(architecture, bare.keys())
     state = found.convert(bare) if found else bare

@@ -38,7 +38,7 @@ MAY_IMPORT = {
 }
 # Third-party package -> the folders whose files may import it.
 ONLY_IN = {
-    "transformers": ("flowcore/text", "training", "nodes/host", "tests"),
+    "transformers": ("flowcore/text", "flowcore/models/exo", "training", "nodes/host", "tests"),
     "tokenizers": ("flowcore/text", "training", "tests"),
     "diffusers": ("flowcore/vae", "training", "nodes/host", "tests"),
     "pydantic": ("training", "tests"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning, zeroed
 from ..errors import CheckpointError
-from . import flux, single_stream, tinyflux, xut
+from . import exo, flux, single_stream, tinyflux, xut
 from .flux.layouts import from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
 from .flux.lora import diffusers_names, lora_names
 from .tinyflux import layouts as tinyflux_layouts
@@ -224,6 +224,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         null_text=zeroed,
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
+        prefixes=_PREFIXES,
+    ),
+    # Its context holds token ids, not states; files without a trunk name one, which weights.exo attaches.
+    Architecture(
+        name="exo",
+        model=exo.Exo,
+        presets=exo.PRESETS,
+        config_from_dict=exo.ExoConfig.from_dict,
+        infer_config=exo.infer_config,
+        is_match=exo.is_match,
+        velocity=exo.velocity,
+        latent_channels=lambda config: config.latent_channels,
+        size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
+        latent_spec="flux2",
         prefixes=_PREFIXES,
     ),
 )

@@ -22,7 +22,7 @@ from tests.golden.timing import Timing, time_forward
 
 HANDLERS = {
     arch: f"tests.golden.{arch}"
-    for arch in ("flow", "flux", "single_stream", "t5gemma2_text_encoder", "tinyflux", "vae", "xut")
+    for arch in ("exo", "flow", "flux", "single_stream", "t5gemma2_text_encoder", "tinyflux", "vae", "xut")
 }
 OWN_FILES = Path(__file__).parent
 

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 from flowcore.errors import CheckpointError, FlowCoreError
 from flowcore.models import Architecture, detect, find_layout
+from flowcore.models.exo.trunk import build_trunk
+from flowcore.models.exo.trunk_config import infer_trunk, is_trunk
 from flowcore.models.tinyflux.config import PRESETS, is_version_1, read_config
 from flowcore.models.tinyflux.lora import LORA_PRESETS, native_shapes
 from flowcore.vae.autoencoder import build_autoencoder
 from flowcore.vae.config import infer_config
 from flowcore.vae.keys import find_prefix, to_diffusers
+from flowcore.weights.exo import bare_trunk
 from tests.golden.flux_lora import control_lora_fault, is_control_lora
 
 STATISTICS = ("vae_mean", "vae_std")
@@ -38,6 +41,8 @@ def table_fault(table: Mapping[str, Sequence[int]]) -> str:
         try:
             architecture, prefix = detect(tensors)
         except CheckpointError:
+            if is_trunk(tensors):
+                return _trunk_fault(tensors)
             return control_lora_fault(tensors) if is_control_lora(tensors) else _vae_fault(tensors)
         own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
         others = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
@@ -70,6 +75,16 @@ def _tinyflux_lora_fault(table: Mapping[str, Sequence[int]]) -> str:
         near[name] = differing
     name = min(near, key=lambda preset: len(near[preset]))
     return f"{len(near[name])} tensors differ from the preset {name}, first {min(near[name])}"
+
+
+def _trunk_fault(tensors: dict[str, Tensor]) -> str:
+    """How a Qwen3-VL's names differ from the network that Exo builds, and from its output layer."""
+    state = bare_trunk(tensors)
+    embedding = state["language_model.embed_tokens.weight"]
+    others = {name: tuple(tensors[name].shape) for name in tensors if name.startswith("lm_head.")}
+    if others not in ({}, {"lm_head.weight": tuple(embedding.shape)}):
+        return f"the output layer is {others}"
+    return _difference(build_trunk(infer_trunk(state), device="meta"), state, set())
 
 
 def _vae_fault(tensors: dict[str, Tensor]) -> str:

@@ -1,0 +1,306 @@
+"""Exo: a multimodal language model that looks at noised latents, refines, and marks what it edits.
+
+The prompt and its picture pass through the trunk once. Every step of sampling then appends suffixes, one an
+iteration: they look at the latents, a head marks cells and writes into them, the next iteration sees what
+was written; at the end the diffusion head gives the velocity. Time runs from 1 (noise) to 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import CheckpointError, ConfigError
+from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
+from .blocks import KeysValuesPair
+from .config import MAX_ITERATIONS, ExoConfig
+from .diffusion_head import DiffusionHead
+from .edit_head import Edit, EditHead
+from .inputs import check_latents, check_prompt
+from .lora import TrunkLora
+from .memory import Adapter, Memory, Projector, SuffixTokens
+from .states import PrefixState, StepResult
+from .trunk import (
+    KeysValues,
+    Pass,
+    Past,
+    Picture,
+    at_image,
+    build_trunk,
+    causal_mask,
+    look,
+    prefix_positions,
+    run_decoder,
+    suffix_mask,
+)
+
+_TRUNK = "trunk."
+
+
+class Exo(nn.Module):
+    """A Qwen3-VL trunk with adapters, a projector, a diffusion head and an edit head.
+
+    Parameters have the names of Exo's files. The trunk is the model's own (`config.embeds_trunk`), or is
+    attached: then its weights belong to files of their own.
+    Raises: ConfigError if the trunk's settings do not fit transformers' Qwen3-VL.
+    """
+
+    def __init__(
+        self,
+        config: ExoConfig,
+        *,
+        ops: Ops = TORCH_OPS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.adapters = nn.ModuleDict(
+            {str(layer): Adapter(config, ops=ops, **where) for layer in config.adapter_layers}
+        )
+        self.tokens = SuffixTokens(config, ops=ops, **where)
+        self.projector = Projector(config, ops=ops, **where)
+        self.memory = Memory(config, ops=ops, **where)
+        self.diffusion_head = DiffusionHead(config, ops=ops, **where)
+        self.edit_head = EditHead(config, ops=ops, **where)
+        self.lora = TrunkLora(config, ops=ops, **where) if config.lora_rank else None
+        self.trunk: nn.Module | None = None
+        if config.embeds_trunk:
+            self.trunk = build_trunk(config.trunk, device=device, dtype=dtype)
+            self.scale_tokens()
+
+    def attach(self, trunk: nn.Module) -> None:
+        """Take a Qwen3VLModel as trunk; it takes no gradient.
+
+        Raises: CheckpointError if it has another width or depth than the one this model was made for.
+        """
+        text = cast("Any", trunk.get_submodule("language_model")).config
+        found = (text.hidden_size, text.num_hidden_layers)
+        if found != (self.config.hidden_size, self.config.num_layers):
+            raise CheckpointError(
+                f"the trunk must have width {self.config.hidden_size} and {self.config.num_layers} layers, "
+                f"as the one this Exo file was made for, got {found[0]} and {found[1]}; give that trunk"
+            )
+        self.trunk = trunk.requires_grad_(self.config.embeds_trunk)
+
+    def scale_tokens(self) -> None:
+        """Give new suffix tokens the size of the trunk's embeddings: for a model that starts untrained."""
+        table = self._trunk().get_submodule("language_model.embed_tokens").weight
+        with torch.no_grad():
+            self.tokens.norm.weight.fill_(1.0).mul_(cast("Tensor", table).float().square().mean().sqrt())
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the tensors of an Exo file: all, but for those of an attached trunk."""
+        state: Mapping[str, Tensor] = self.state_dict()
+        keeps = self.config.embeds_trunk
+        return {name: tensor for name, tensor in state.items() if keeps or not name.startswith(_TRUNK)}
+
+    def encode(
+        self,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        size: tuple[int, int],
+        pixels: Tensor | None = None,
+        grids: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> PrefixState:
+        """Return what prompts and pictures amount to, for all steps and iterations.
+
+        Args:
+            token_ids: `b m`; a prompt with a picture has an image token for each of its visual tokens.
+            token_mask: `b m`, True on real tokens, which come first; None = all.
+            size: rows and columns of the latents.
+            pixels: `i n k`, a picture for each prompt that has image tokens, in their order.
+            grids: `i 3`, (1, rows, columns) of patches.
+            dtype: of the latents to come, which all but the trunk computes in; None = the trunk's.
+            runtime: the attention product; layers are of the kind `trunk`.
+
+        Raises: ShapeError if shapes do not fit each other; ConfigError without a trunk.
+        """
+        trunk, mask = self._trunk(), torch.ones_like(token_ids) if token_mask is None else token_mask
+        mask = mask.bool()
+        is_image = (token_ids == self.config.trunk["image_token_id"]) & mask
+        check_prompt(token_ids, mask, is_image, pixels, grids)
+        x: Tensor = trunk.get_submodule("language_model.embed_tokens")(token_ids)
+        picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
+        deep: tuple[Tensor, ...] = ()
+        if picture is not None:
+            x = at_image(x, is_image, picture.tokens)
+            deep = tuple(at_image(torch.zeros_like(x), is_image, part) for part in picture.deep)
+        grid = None if picture is None else (picture.rows, picture.columns)
+        positions = prefix_positions(is_image, mask, grid)
+        passed = run_decoder(
+            trunk,
+            x,
+            positions,
+            keep=None if bool(mask.all()) else causal_mask(mask),
+            past=None,
+            taps=self.config.context_layers,
+            after=lambda layer, h: h + deep[layer] if layer < len(deep) else h,
+            lora=self.lora,
+            runtime=runtime,
+        )
+        dtype = dtype or x.dtype
+        features = None
+        if picture is not None:
+            features = self._features(picture, is_image.any(dim=1), size, dtype)
+        return PrefixState(
+            past=self._with_room(passed.past),
+            reads=self.diffusion_head.read(passed.taps, dtype),
+            keep=mask,
+            first_position=positions.amax(dim=(0, 2)) + 1,
+            features=features,
+            size=size,
+        )
+
+    def step(
+        self,
+        z: Tensor,
+        t: Tensor,
+        prefix: PrefixState,
+        *,
+        iterations: int = 4,
+        every_iteration: bool = False,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> StepResult:
+        """Return velocity and edits of noised latents z `b c h w` at times t `b`, in the dtype of z.
+
+        Args:
+            z: in the dtype that matrices compute in.
+            t: in [0, 1], 1 = noise.
+            prefix: of `encode`, for the same batch and size.
+            iterations: 1 to 8; beyond those that a model was trained with quality falls.
+            every_iteration: also evaluate the diffusion head after the earlier iterations.
+            runtime: the attention product; blocks are of the kinds `trunk` and `diffusion`.
+
+        Raises: ShapeError if the latents do not fit; ConfigError for a number of iterations out of range.
+        """
+        check_latents(self.config, z, t, prefix.keep.shape[0], prefix.size)
+        if not 1 <= iterations <= MAX_ITERATIONS:
+            raise ConfigError(f"iterations must lie in 1..{MAX_ITERATIONS}, got {iterations}")
+        base = self.memory.base(z, prefix.features)
+        time = self.tokens.timestep(t, z.dtype)
+        past, edits = prefix.past, None
+        done: list[Edit] = []
+        velocities = []
+        for k in range(iterations):
+            memory = self.memory(base, edits, z.dtype)
+            passed = self._suffix(self.tokens(time, k), memory, prefix, past, k, runtime)
+            past = passed.past
+            edit = self.edit_head(memory, passed.hidden, runtime)
+            edits = edit.write(edits)
+            done.append(edit)
+            if every_iteration or k == iterations - 1:
+                suffix = self.diffusion_head.read(passed.taps, z.dtype)
+                velocities.append(
+                    self.diffusion_head(
+                        z,
+                        t,
+                        passed.hidden[:, 1],
+                        edits=edits,
+                        features=prefix.features,
+                        reads=[_joined(a, b) for a, b in zip(prefix.reads, suffix, strict=True)],
+                        keep=functional.pad(prefix.keep, (0, self.config.suffix_length), value=True),
+                        runtime=runtime,
+                    )
+                )
+        return StepResult(
+            velocity=velocities[-1],
+            noised=z,
+            time=t,
+            edits=cast("Tensor", edits),
+            iterations=tuple(done),
+            early=tuple(velocities[:-1]),
+        )
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        pixels: Tensor | None = None,
+        grids: Tensor | None = None,
+        prefix: PrefixState | None = None,
+        record: Callable[[StepResult], None] | None = None,
+        iterations: int = 4,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> Tensor:
+        """Return the velocity `b c h w`: `encode`, unless its result is given as prefix, and `step`.
+
+        A single prompt serves all latents of a batch. record is called with the step's result.
+        Raises: as `encode` and `step`.
+        """
+        if prefix is None:
+            size = (z.shape[-2], z.shape[-1])
+            prefix = self.encode(
+                token_ids, token_mask, size=size, pixels=pixels, grids=grids, dtype=z.dtype, runtime=runtime
+            )
+        if prefix.keep.shape[0] == 1:
+            prefix = prefix.repeat(z.shape[0])
+        result = self.step(z, t, prefix, iterations=iterations, runtime=runtime)
+        if record is not None:
+            record(result)
+        return result.velocity
+
+    def _suffix(
+        self, x: Tensor, memory: Tensor, prefix: PrefixState, past: Past, iteration: int, runtime: Runtime
+    ) -> Pass:
+        """Return the pass of one iteration's tokens x `b s d`, which look at the memory."""
+        length = x.shape[1]
+        reads = {layer: self._adapter(layer).attn.read(memory) for layer in self.config.adapter_layers}
+
+        def after(layer: int, h: Tensor) -> Tensor:
+            return self._adapter(layer)(h, reads[layer], runtime.attention) if layer in reads else h
+
+        start = prefix.first_position[:, None] + iteration * length
+        places = start + torch.arange(length, device=x.device)  # b s
+        return run_decoder(
+            self._trunk(),
+            x.to(past.layers[0].keys.dtype),
+            places.expand(3, -1, -1),
+            keep=suffix_mask(prefix.keep, length, iteration),
+            past=past,
+            taps=self.config.context_layers,
+            after=after,
+            lora=self.lora,
+            runtime=runtime,
+        )
+
+    def _features(
+        self, picture: Picture, has_image: Tensor, size: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """Return the features `b c h w`, zero for the samples without a picture."""
+        grid = (picture.rows, picture.columns)
+        features: Tensor = self.projector(picture.tokens.to(dtype), grid, size)
+        if bool(has_image.all()):
+            return features
+        empty = features.new_zeros(len(has_image), *features.shape[1:])
+        return empty.index_copy(0, has_image.nonzero()[:, 0], features)
+
+    def _with_room(self, past: Past) -> Past:
+        """Return the past with room for the suffixes of a step, unless gradients run through it."""
+        if torch.is_grad_enabled():
+            return past
+        room = (0, 0, 0, MAX_ITERATIONS * self.config.suffix_length)
+        layers = (KeysValues(*(functional.pad(part, room) for part in layer)) for layer in past.layers)
+        return Past(tuple(layers), past.length)
+
+    def _adapter(self, layer: int) -> Adapter:
+        return cast("Adapter", self.adapters[str(layer)])
+
+    def _trunk(self) -> nn.Module:
+        if self.trunk is None:
+            raise ConfigError("Exo must have a trunk before it is used, got none; attach the Qwen3-VL model")
+        return self.trunk
+
+
+def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> KeysValuesPair:
+    """Return keys and values of two parts of a context as those of one."""
+    return KeysValuesPair(*(torch.cat(parts, dim=2) for parts in zip(first, second, strict=True)))

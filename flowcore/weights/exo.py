@@ -1,0 +1,182 @@
+"""Files of Exo: everything of its own in one safetensors file, the trunk beside it by reference.
+
+A reference is the folder or the repository of a Qwen3-VL checkpoint, with a fingerprint of its weights, for
+checkpoints of one size have the same shapes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.exo import Exo
+from ..models.exo.trunk import build_trunk
+from ..models.exo.trunk_config import TrunkConfig, trunk_config
+from ..ops import TORCH_OPS, Ops
+from .checkpoint import LoadedModel, load_model, read_tensors, save_model
+from .placement import move
+from .strict import assign_strict
+
+FORMAT = "exo/1"
+_HEAD = "lm_head."
+_FINGERPRINTED = ("language_model.norm.weight", "language_model.layers.0.input_layernorm.weight")
+
+
+def load_exo(
+    path: str | Path,
+    *,
+    trunk: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ops: Ops = TORCH_OPS,
+    may_download: bool = False,
+    any_trunk: bool = False,
+) -> LoadedModel:
+    """Return the model of an Exo file with its trunk, in evaluation mode.
+
+    Args:
+        path: the file.
+        trunk: folder or repository of the trunk; None = the one that the file names.
+        device: where the weights go.
+        dtype: of the weights; None = as stored.
+        ops: of the layers that are not the trunk's.
+        may_download: whether a repository that is not in the cache may be fetched from the Hugging Face hub.
+        any_trunk: whether a trunk with other weights of the same shapes will do.
+    Raises: CheckpointError that names the file and what is wrong.
+    """
+    loaded = load_model(path, device=device, dtype=dtype, ops=ops)
+    model = loaded.model
+    if not isinstance(model, Exo):
+        raise CheckpointError(f"{path} must be an Exo file, got a {loaded.architecture.name} model")
+    if model.config.embeds_trunk:
+        return loaded
+    reference = _reference(loaded.metadata, path)
+    source = trunk or reference.get("repo")
+    if source is None:
+        raise CheckpointError(f"{path} must name its trunk or be given one, got neither; pass trunk=FOLDER")
+    revision = None if trunk else reference.get("revision")
+    folder = find_folder(source, revision=revision, may_download=may_download)
+    network = load_trunk(folder, device=device, dtype=dtype)
+    found, stated = fingerprint(network), reference.get("fingerprint")
+    if stated not in (None, found) and not any_trunk:
+        made_for = reference.get("repo", "another trunk")
+        raise CheckpointError(
+            f"the trunk of {path} must have the fingerprint {stated[:12]} ({made_for}), got {found[:12]} in "
+            f"{folder}; the file was made for another trunk, pass that one"
+        )
+    model.attach(network.eval())
+    return loaded
+
+
+def save_exo(
+    path: str | Path, model: Exo, *, trunk: str | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write what is Exo's own to a file; trunk: folder or repository of an attached trunk.
+
+    Raises: CheckpointError if the file cannot be written.
+    """
+    own = {"exo.format": FORMAT, "exo.trunk": json.dumps(_describe_trunk(model, trunk))}
+    config = model.config
+    if config.lora_rank:
+        own["exo.lora"] = json.dumps({"rank": config.lora_rank, "alpha": config.lora_alpha})
+    save_model(
+        path, model.own_state(), architecture="exo", config=config, metadata={**own, **(metadata or {})}
+    )
+
+
+def load_trunk(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Return the Qwen3VLModel of a checkpoint's folder. The output layer stays in its file.
+
+    Raises: CheckpointError if the folder is another model's, or incomplete.
+    """
+    settings = Path(folder) / "config.json"
+    if not settings.is_file():
+        raise CheckpointError(
+            f"the trunk {folder} must be a folder with config.json, got none; give a Qwen3-VL checkpoint"
+        )
+    try:
+        values = json.loads(settings.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as err:
+        raise CheckpointError(f"{settings} must be JSON, got an error at {err.pos}") from err
+    config = trunk_config(values, source=str(folder))
+    tensors, _ = read_tensors(folder)
+    return trunk_from_tensors(config, tensors, source=str(folder), device=device, dtype=dtype)
+
+
+def trunk_from_tensors(
+    config: TrunkConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Return the Qwen3VLModel of settings and of tensors under the published names.
+
+    Raises: CheckpointError if the tensors are not exactly such a model's, with or without its output layer.
+    """
+    state = bare_trunk(tensors)
+    network = build_trunk(config, device="meta")
+    assign_strict(network, state, source=source, what="Qwen3-VL")
+    move(network, device, dtype)
+    return network.eval()
+
+
+def bare_trunk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a Qwen3-VL's tensors without the output layer and without `model.` before their names."""
+    return {
+        name.removeprefix("model."): tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)
+    }
+
+
+def fingerprint(trunk: nn.Module) -> str:
+    """Return the hash that tells trunks of equal shapes apart: sha256 of two norms in bfloat16."""
+    digest = hashlib.sha256()
+    for name in _FINGERPRINTED:
+        weight = trunk.get_parameter(name).detach().to("cpu", torch.bfloat16)
+        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_folder(source: str | Path, *, revision: str | None = None, may_download: bool = False) -> Path:
+    """Return the folder of a checkpoint: the source itself, or the repository's in the Hugging Face cache.
+
+    Raises: CheckpointError if it is neither, and may not or cannot be fetched.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, local_files_only=not may_download))
+    except (OSError, ValueError) as err:  # what the library raises for names, caches and connections
+        raise CheckpointError(
+            f"the trunk {source} must be a folder, or a repository in the Hugging Face cache, got neither "
+            f"({type(err).__name__}); pass trunk=FOLDER or may_download=True"
+        ) from err
+
+
+def _describe_trunk(model: Exo, trunk: str | None) -> dict[str, Any]:
+    """Return what a file says of its trunk."""
+    if model.config.embeds_trunk:
+        return {"kind": "embedded"}
+    found = None if model.trunk is None else fingerprint(model.trunk)
+    return {"kind": "reference", "repo": trunk, "revision": None, "fingerprint": found}
+
+
+def _reference(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """Return what the file says of its trunk."""
+    try:
+        reference = json.loads(metadata.get("exo.trunk", "{}"))
+    except json.JSONDecodeError as err:
+        raise CheckpointError(f"metadata exo.trunk of {path} must be JSON, got {err}") from err
+    if not isinstance(reference, dict):
+        raise CheckpointError(f"metadata exo.trunk of {path} must be a JSON object, got {reference!r}")
+    return cast("dict[str, Any]", reference)
