@@ -226,7 +226,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_spec="flux1-unshifted",
         prefixes=_PREFIXES,
     ),
-    # Its context holds token ids, not states; files without a trunk name one, which weights.exo attaches.
+    # Its context holds token ids, a number for each token; files without a trunk name one, which weights.exo
+    # attaches.
     Architecture(
         name="exo",
         model=exo.Exo,
@@ -236,6 +237,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         is_match=exo.is_match,
         velocity=exo.velocity,
         latent_channels=lambda config: config.latent_channels,
+        text_shape=lambda config: TextShape(width=1, length=config.max_tokens),
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux2",
         prefixes=_PREFIXES,

@@ -86,6 +86,11 @@ class ExoConfig:
         return int(self.trunk["text_config"]["num_hidden_layers"])
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that the trunk has positions for."""
+        return int(self.trunk["text_config"]["max_position_embeddings"])
+
+    @property
     def suffix_length(self) -> int:
         """Tokens that an iteration appends: timestep, iteration, queries."""
         return 2 + self.num_queries

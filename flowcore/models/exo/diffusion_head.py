@@ -130,10 +130,9 @@ class DiffusionHead(nn.Module):
             x = runtime.run_block("diffusion", index, call, x)
         scale, shift = self.out_mod(condition).float()[:, None].chunk(2, dim=-1)
         x = torch.addcmul(shift, layer_norm(x), 1 + scale).to(dtype)
-        patches = rearrange(
-            self.out(x), "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], p=self.patch, q=self.patch
-        )
-        return patches[..., : size[0], : size[1]]
+        patches: Tensor = self.out(x)
+        v = rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], p=self.patch, q=self.patch)
+        return v[..., : size[0], : size[1]]
 
     def _embed(self, z: Tensor, edits: Tensor, features: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """Return the tokens `b n d`, float32, and their grid."""

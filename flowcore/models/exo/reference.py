@@ -24,7 +24,8 @@ class PooledDiffusionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `b h w c` of states `b n d`."""
-        return rearrange(self.proj(hidden.mean(dim=1)), "b (h w c) -> b h w c", h=self.size, w=self.size)
+        result: Tensor = self.proj(hidden.mean(dim=1))
+        return rearrange(result, "b (h w c) -> b h w c", h=self.size, w=self.size)
 
 
 class PooledEditHead(nn.Module):

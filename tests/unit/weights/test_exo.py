@@ -52,7 +52,7 @@ def run(model: Exo) -> torch.Tensor:
 
 
 def check_same(found: Exo, model: Exo) -> None:
-    """The same weights exactly, and what they give; mapped files lie elsewhere in memory, which rounds sums."""
+    """The same weights exactly, and what they give; sums over mapped files are rounded otherwise."""
     state = model.state_dict()
     assert found.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
