@@ -26,7 +26,10 @@ from flowcore.models.exo.trunk import (
 )
 from flowcore.models.exo.trunk_config import TrunkConfig, infer_trunk, trunk_config
 from flowcore.ops import DEFAULT_RUNTIME
+from flowcore.vae.autoencoder import build_autoencoder
+from flowcore.vae.keys import to_diffusers
 from flowcore.weights.exo import trunk_from_tensors
+from flowcore.weights.strict import assign_strict
 from tests.golden.compare import (
     CHAIN_LIMIT,
     Case,
@@ -44,6 +47,7 @@ def cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Ou
     """Every output of one file, in float32 under every dtype: none is a whole Exo."""
     kinds = {
         "trunk_suffix": trunk_cases,
+        "flux2_latents": latent_cases,
         "schedule": schedule_cases,
         "source_heads": head_cases,
         "source_projector": projector_cases,
@@ -129,6 +133,23 @@ def case(name: str, actual: Tensor, tensors: Tensors) -> Case:
         real = mask[:, :, None] if expected.ndim == 3 else mask[:, None, :, None]
         actual = torch.where(real, actual.cpu(), 0)
     return Case(f"output.{name}", actual, expected)
+
+
+def latent_cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Outcome]:
+    """FLUX.2's latents: the posterior's mean as the encoder gives it, packed and normalised, and back."""
+    settings = stored_config(metadata)
+    config = {**settings["autoencoder"], "batch_norm_eps": settings["batch_norm_eps"]}
+    module = build_autoencoder(config, device="meta").eval()
+    assign_strict(module, to_diffusers(part(tensors, "weight.")), source="weights", what="FLUX.2 autoencoder")
+    module.to(options.device)
+    raw: list[Tensor] = []
+    module.quant_conv.register_forward_hook(lambda _layer, _inputs, output: raw.append(output))
+    with torch.no_grad():
+        latent = module.encode(tensors["input.image"].to(options.device)).latent_dist.mode()
+        image = module.decode(latent).sample
+    yield Case("output.vae_mean", raw[0].chunk(2, dim=1)[0], tensors["output.vae_mean"])
+    yield Case("output.latent", latent, tensors["output.latent"])
+    yield Case("output.image", image, tensors["output.image"])
 
 
 def schedule_cases(tensors: Tensors, metadata: Metadata, _options: Options) -> Iterator[Outcome]:

@@ -11,10 +11,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...layers.attention import AttentionFn
 from ...layers.embeddings import sinusoidal
 from ...layers.norm import RMSNorm
 from ...layers.rope import Rotation, rotate_pairs
-from ...ops import AttentionFn, Ops
+from ...ops import Ops
 
 _TIME_FEATURES = 256
 

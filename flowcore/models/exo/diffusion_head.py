@@ -10,9 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...layers.attention import AttentionFn
 from ...layers.norm import RMSNorm, at_use
 from ...layers.rope import Rotation, position_rotation
-from ...ops import AttentionFn, Ops, Runtime
+from ...ops import Ops, Runtime
 from .blocks import CrossAttention, KeysValuesPair, SelfAttention, SwiGLU, TimeMLP, layer_norm
 from .config import ExoConfig
 from .grids import grid_places, memory_grid, padded, position_features, spread

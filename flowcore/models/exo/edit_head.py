@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...layers.attention import AttentionFn
 from ...layers.norm import RMSNorm
-from ...ops import AttentionFn, Ops, Runtime
+from ...ops import Ops, Runtime
 from .blocks import CrossAttention, KeysValuesPair, SelfAttention, SwiGLU
 from .config import ExoConfig
 

@@ -7,8 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...layers.attention import AttentionFn
 from ...layers.norm import RMSNorm, at_use
-from ...ops import AttentionFn, Ops
+from ...ops import Ops
 from .blocks import CrossAttention, KeysValuesPair, TimeMLP
 from .config import MAX_ITERATIONS, ExoConfig
 from .grids import CELL, memory_grid, padded, position_features

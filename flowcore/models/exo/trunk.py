@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ConfigError, ShapeError
-from ...ops import AttentionFn, Runtime
+from ...layers.attention import AttentionFn
+from ...ops import Runtime
 from .lora import LowRank, TrunkLora, project
 from .trunk_config import MERGE, TrunkConfig, check_trunk
 
