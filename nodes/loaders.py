@@ -18,9 +18,18 @@ class LoadModel(io.ComfyNode):
             node_id="FlowCoreLoadModel",
             display_name="Load FlowCore Model",
             category="FlowCore/loaders",
-            description="Loads a diffusion model for the stock samplers. The architecture is found in the "
-            "file.",
-            search_aliases=["load diffusion model", "unet loader", "checkpoint", "xut", "flowcore"],
+            description="Loads an xut, flux, tinyflux or single_stream model for the stock samplers; the "
+            "file tells which it is.",
+            search_aliases=[
+                "load diffusion model",
+                "unet loader",
+                "checkpoint",
+                "xut",
+                "flux",
+                "tinyflux",
+                "single stream",
+                "flowcore",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model_name",

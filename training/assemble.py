@@ -221,8 +221,8 @@ def save_weights(
 ) -> None:
     """Writes weights in `output.dtype` (or `dtype`) under their original names, with what their users need.
 
-    That is: sizes, resolution, latent space, VAE and text encoder. `facts` are further metadata. Tables that
-    a model derives for itself are left out.
+    That is: sizes, resolution, shift of the sampled noise levels, latent space, VAE and text encoder. `facts`
+    are further metadata. Tables that a model derives for itself are left out.
     Raises: RunError if the file cannot be written.
     """
     architecture, model_config = prepare_model(config)
@@ -234,6 +234,7 @@ def save_weights(
     metadata = {
         "modelspec.title": config.output.name,
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
+        "flowcore.shift": "1.0",
         **{
             f"flowcore.{part}": name
             for part, name in (("vae", config.encoders.vae), ("text_encoder", config.encoders.text))

@@ -22,6 +22,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim, device=device))
 
+    def weight_at(self, x: Tensor) -> Tensor:
+        """Return the weight in float32 beside the input; a host may bring one of its own here."""
+        return at_use(self.weight, x)
+
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the normalised x times scale, float32."""
-        return rms_norm(x, eps=1e-6) * (at_use(self.weight, x) * scale)
+        return rms_norm(x, eps=1e-6) * (self.weight_at(x) * scale)

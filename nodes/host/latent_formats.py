@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping
 
 import comfy.latent_formats
+import torch
 from torch import Tensor
 
 from ...flowcore.errors import CheckpointError, ShapeError
 from ...flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, spec_from_metadata
 
-# Where ComfyUI knows the space, its factors for previews are used; both count from model-space latents.
-_KNOWN = {"sd15": "SD15", "sdxl": "SDXL", "sd3": "SD3", "flux1": "Flux"}
+# ComfyUI's name of the space, or of another one of the same VAE; its factors for previews are used.
+_KNOWN = {"sd15": "SD15", "sdxl": "SDXL", "sd3": "SD3", "flux1": "Flux", "flux1-unshifted": "Flux"}
 
 
 class FlowCoreLatentFormat(comfy.latent_formats.LatentFormat):
@@ -31,8 +32,11 @@ class FlowCoreLatentFormat(comfy.latent_formats.LatentFormat):
         known = getattr(comfy.latent_formats, _KNOWN.get(spec.name, ""), None)
         if known is not None and rgb_factors is None:
             stock = known()
+            # Our space may lie shifted against the stock one: what its zero is there adds to the bias.
+            zero = stock.process_in(spec.from_model(torch.zeros(1, spec.channels, 1, 1))).flatten()
+            bias = torch.tensor(stock.latent_rgb_factors_bias or [0.0] * 3)
             self.latent_rgb_factors = stock.latent_rgb_factors
-            self.latent_rgb_factors_bias = stock.latent_rgb_factors_bias
+            self.latent_rgb_factors_bias = (bias + zero @ torch.tensor(stock.latent_rgb_factors)).tolist()
             self.taesd_decoder_name = stock.taesd_decoder_name
 
     def process_in(self, latent: Tensor) -> Tensor:

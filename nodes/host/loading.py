@@ -1,6 +1,8 @@
 """A diffusion model file to ComfyUI's MODEL, through flowcore's own strict loading."""
 
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -13,8 +15,9 @@ from ...flowcore.errors import CheckpointError, ConfigError
 from ...flowcore.vae.latent_spec import LatentSpec
 from ...flowcore.weights.checkpoint import LoadedModel
 from ...flowcore.weights.checkpoint import load_model as read_model
+from .hosts import HOSTS
 from .latent_formats import format_of
-from .model_config import FlowCoreConfig
+from .model_config import SHIFT, FlowCoreConfig
 
 logger = logging.getLogger("flowcore")
 _DTYPES = {
@@ -24,8 +27,6 @@ _DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-SUPPORTED = ("xut",)
-"""Architectures with a network for ComfyUI."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -43,7 +44,8 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
         _check_architecture(loaded.architecture.name, path.name)
         latent_format = format_of(loaded.metadata, loaded.architecture.latent_spec, path.name)
         _check_channels(latent_format.spec, loaded.architecture.latent_channels(loaded.config), path.name)
-        model_config = FlowCoreConfig(loaded.architecture.name, loaded.config, latent_format)
+        shift = _stated_shift(loaded.metadata, path.name)
+        model_config = FlowCoreConfig(loaded.architecture, loaded.config, latent_format, shift)
         state = loaded.model.state_dict()
         parameters = comfy.utils.calculate_parameters(state)
         dtype = _choose_dtype(model_config, state, parameters, weight_dtype)
@@ -53,20 +55,42 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
 
 def _check_architecture(name: str, source: str) -> None:
     """Refuse an architecture that has no network for ComfyUI. Raises: ConfigError."""
-    if name not in SUPPORTED:
+    if name not in HOSTS:
         raise ConfigError(
-            f"{source} must be a model of {', '.join(SUPPORTED)} for this node, got {name}, which runs in "
+            f"{source} must be a model of {', '.join(HOSTS)} for this node, got {name}, which runs in "
             "plain Python only"
         )
 
 
 def _check_channels(spec: LatentSpec, channels: int, source: str) -> None:
-    """Refuse a latent space that is not the model's. Raises: CheckpointError."""
+    """Refuse a latent space that is not the model's, and a model of no latents. Raises: CheckpointError."""
+    if channels < 1:
+        raise CheckpointError(
+            f"the model of {source} must make latents of pictures, got one of other sequences; use it in "
+            "plain Python"
+        )
     if spec.channels != channels:
         raise CheckpointError(
             f"the latent space of {source} must have the model's {channels} channels, got {spec.name} with "
             f"{spec.channels}; write flowcore.latents_mean and flowcore.latents_std into its metadata"
         )
+
+
+def _stated_shift(metadata: Mapping[str, str], source: str) -> float | None:
+    """Return the shift of the noise levels that a file states, None if it states none.
+
+    Raises: CheckpointError if it is not a positive number.
+    """
+    text = metadata.get(SHIFT)
+    if text is None:
+        return None
+    try:
+        shift = float(text)
+    except ValueError:
+        shift = math.nan
+    if not 0 < shift < math.inf:
+        raise CheckpointError(f"{SHIFT} in {source} must be a positive number, got {text[:40]!r}")
+    return shift
 
 
 def _choose_dtype(
@@ -108,11 +132,11 @@ def _build(model_config: FlowCoreConfig, state: dict[str, Tensor], device: torch
 
 def _describe(loaded: LoadedModel, model_config: FlowCoreConfig, parameters: int, dtype: torch.dtype) -> str:
     """Return what a user wants to know about the file."""
-    spec = model_config.latent_format.spec
-    text = loaded.config.ctx_dim
+    spec, text = model_config.latent_format.spec, loaded.architecture.text_shape(loaded.config)
     return (
         f"{loaded.architecture.name}: {parameters / 1e6:.1f} million parameters in "
         f"{str(dtype).split('.')[-1]}; "
-        f"text states {'none' if text is None else f'{text} wide'}; "
+        f"text states {'none' if text.width is None else f'{text.width} wide'}"
+        f"{'' if text.pooled is None else f', pooled vector {text.pooled} wide'}; "
         f"latents {spec.name}, {spec.channels} channels, 1/{spec.downscale}"
     )

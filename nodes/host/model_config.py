@@ -3,43 +3,57 @@
 import json
 from typing import Any
 
-import comfy.model_base
 import comfy.supported_models_base
 import torch
 from torch import Tensor
 
+from ...flowcore.models import Architecture
+from .hosts import HOSTS, shifted
 from .latent_formats import FlowCoreLatentFormat, metadata_of
-from .model import FlowCoreModel, XutNetwork
+from .model import FlowCoreModel
 
 METADATA_TENSOR = "flowcore_metadata"
-_REFERENCE_WIDTH = 1024
-_REFERENCE_MEMORY = 2.0
+SHIFT = "flowcore.shift"
+"""Metadata of a model file: shift of the noise levels that its pictures are sampled with."""
+_LEAST_MEMORY = 0.25
 
 
 class FlowCoreConfig(comfy.supported_models_base.BASE):
     """The model config of one loaded file. ComfyUI expands `unet_config` into the network's constructor."""
 
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012 - ComfyUI's contract: class attributes
-    sampling_settings: dict[str, Any] = {"shift": 1.0, "multiplier": 1.0}  # noqa: RUF012
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]  # noqa: RUF012
     vae_key_prefix = ["vae."]  # noqa: RUF012
     text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
 
-    def __init__(self, architecture: str, config: Any, latent_format: FlowCoreLatentFormat) -> None:  # noqa: ANN401
-        """Take the architecture's name and settings, and the latent space of the file."""
-        super().__init__({"image_model": f"flowcore_{architecture}", "config": config})
-        self.architecture = architecture
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Any,  # noqa: ANN401 - each architecture's own
+        latent_format: FlowCoreLatentFormat,
+        shift: float | None = None,
+    ) -> None:
+        """Take the architecture and its settings, and what the file states; no shift = the architecture's."""
+        self.host = HOSTS[architecture.name]
+        super().__init__(
+            {
+                "image_model": f"flowcore_{architecture.name}",
+                "architecture": architecture,
+                "host": self.host,
+                "config": config,
+                **self.host.unet_config(config),
+            }
+        )
         self.latent_format = latent_format
-        # Activations grow with the width; the reference is what the published XUT extension declares.
-        self.memory_usage_factor = max(0.25, _REFERENCE_MEMORY * config.dim / _REFERENCE_WIDTH)
+        self.shift = shift
+        self.sampling, self.sampling_settings = (
+            self.host.sampling(config) if shift is None else shifted(shift)
+        )
+        self.memory_usage_factor = max(_LEAST_MEMORY, self.host.memory(config))
 
     def inpaint_model(self) -> bool:
-        """Return False: no architecture takes the mask as extra channels."""
+        """Return False: an adapter whose model takes a mask gives it by itself."""
         return False
-
-    def model_type(self, state_dict: dict[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:  # noqa: ARG002
-        """Return straight paths with velocity prediction."""
-        return comfy.model_base.ModelType.FLOW
 
     def get_model(
         self,
@@ -48,7 +62,7 @@ class FlowCoreConfig(comfy.supported_models_base.BASE):
         device: torch.device | None = None,
     ) -> FlowCoreModel:
         """Return the model without weights."""
-        return FlowCoreModel(self, network=XutNetwork, device=device)
+        return self.host.model(self, self.sampling, device=device)
 
     def clip_target(self, state_dict: dict[str, Tensor] | None = None) -> None:
         """Return nothing: text encoders have their own loader."""
@@ -59,8 +73,9 @@ class FlowCoreConfig(comfy.supported_models_base.BASE):
         ModelSave drops the metadata of the file; the tensor survives it.
         """
         metadata = {
-            "flowcore.arch": self.architecture,
+            "flowcore.arch": self.unet_config["architecture"].name,
             "flowcore.config": json.dumps(self.unet_config["config"].to_dict()),
+            **({} if self.shift is None else {SHIFT: str(self.shift)}),
             **metadata_of(self.latent_format),
         }
         packed = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)

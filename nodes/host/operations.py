@@ -1,20 +1,42 @@
 """Give modules built elsewhere the layer classes of ComfyUI, which cast and offload their weights at use."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import comfy.ops
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...flowcore.layers.norm import RMSNorm
 from ...flowcore.ops import Ops
 
 _NAMES = ("Linear", "Conv2d", "GroupNorm", "LayerNorm", "Embedding")
+
+
+class FloatLinear(comfy.ops.manual_cast.Linear):
+    """ComfyUI's layer, computing in float32 whatever the dtype of its input and of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class CastRMSNorm(RMSNorm, comfy.ops.CastWeightBiasOp):
+    """flowcore's norm with its weight brought to the input, and patched by a LoRA, at use."""
+
+    comfy_cast_weights = True
+    weight_function: list[Any] = []  # noqa: RUF012 - ComfyUI's contract: class attributes
+    bias_function: list[Any] = []  # noqa: RUF012
+
+    def weight_at(self, x: Tensor) -> Tensor:
+        weight, _ = comfy.ops.cast_bias_weight(self, x, dtype=torch.float32)
+        return weight
 
 
 def to_ops(operations: type[comfy.ops.disable_weight_init]) -> Ops:
     """Return the constructors that flowcore's models take, out of a namespace of ComfyUI's layers."""
     return Ops(
         linear=operations.Linear,
+        float_linear=FloatLinear,
         conv2d=operations.Conv2d,
         layer_norm=operations.LayerNorm,
         embedding=operations.Embedding,

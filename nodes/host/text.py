@@ -17,6 +17,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 
 from ...flowcore.errors import ConfigError
 from ...flowcore.text.gemma3 import Gemma3TextEncoder, load_text_encoder, text_states
+from .model import EMPTY_PROMPT
 from .operations import own_memory, use_operations
 
 logger = logging.getLogger("flowcore")
@@ -54,6 +55,7 @@ class TextModel(nn.Module):
         special = {Gemma3RMSNorm: _RMSNorm, Gemma3TextScaledWordEmbedding: _Embedding}
         self.model = use_operations(encoder.model, comfy.ops.manual_cast, special)
         self.mode = mode
+        self.empty = Tokenizer(encoder).tokenize_with_weights("")
         self.dtypes = {self.model.embed_tokens.weight.dtype}
         self.load_device: torch.device | None = None
         self.reset_clip_options()
@@ -68,12 +70,16 @@ class TextModel(nn.Module):
         self.layer: int | None = None
         self.execution_device: torch.device | None = None
 
-    def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None]:
-        """Return the states `1 m d` (or the pooled vector as `1 1 d`), float32 on the intermediate device."""
+    def encode_token_weights(self, tokens: Tokens) -> tuple[Tensor, None, dict[str, Any]]:
+        """Return the states `1 m d` (or the pooled vector as `1 1 d`), float32 on the intermediate device.
+
+        The last part are further entries of the conditioning.
+        """
         device = self.execution_device or self.load_device or self.model.embed_tokens.weight.device
         with torch.no_grad():
             parts = [self._encode([entry[0] for entry in section], device) for section in tokens[NAME]]
-        return torch.cat(parts, dim=1).to(mm.intermediate_device()), None
+        states = torch.cat(parts, dim=1).to(mm.intermediate_device())
+        return states, None, {EMPTY_PROMPT: states.shape[1]} if tokens == self.empty else {}
 
     def _encode(self, ids: list[int], device: torch.device) -> Tensor:
         rows = torch.tensor([ids], dtype=torch.long, device=device)

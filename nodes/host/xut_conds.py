@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...flowcore.conditioning import Conditioning
 from ...flowcore.errors import ConfigError
 from ...flowcore.models.xut.config import XUTConfig
 from ...flowcore.models.xut.positions import camera_positions
@@ -60,11 +59,10 @@ def pack(conditions: Mapping[str, Any], config: XUTConfig) -> dict[str, comfy.co
 
 
 def unpack(
-    x: Tensor, timestep: Tensor, context: Tensor | None, extras: Mapping[str, Any], config: XUTConfig
-) -> tuple[Conditioning, dict[str, Any]]:
-    """Return what `velocity` takes: the conditioning of the batch, and its further keyword arguments."""
+    x: Tensor, timestep: Tensor, extras: Mapping[str, Any], config: XUTConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `velocity` takes: the extras of the batch, and its further keyword arguments."""
     batch = x.shape[0]
-    mask = extras.get("context_mask")
     named: dict[str, Tensor] = {}
     if "class_ids" in extras:
         named["class_ids"] = extras["class_ids"]
@@ -78,10 +76,7 @@ def unpack(
     if "tread" in extras:
         rate, seed = extras["tread"]
         options = {"tread_rate": rate, "generator": _generator(seed, float(timestep.flatten()[0]))}
-    conditioning = Conditioning(
-        context=context, context_mask=None if mask is None else mask.bool(), extras=named
-    )
-    return conditioning, options
+    return named, options
 
 
 def _check_class(class_id: int, num_classes: int) -> None:

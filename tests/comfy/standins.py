@@ -1,11 +1,18 @@
 """Small models with random weights, written by flowcore's own functions into a ComfyUI models folder."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from flowcore.layers.norm import RMSNorm
+from flowcore.models import find_architecture
+from flowcore.models.flux import PRESETS as FLUX
+from flowcore.models.single_stream import PRESETS as SINGLE_STREAM
+from flowcore.models.tinyflux import PRESETS as TINYFLUX
 from flowcore.models.xut import XUDiT, XUTConfig
 from flowcore.text.gemma3 import build_text_model, save_text_encoder
 from flowcore.text.word_tokenizer import build_word_tokenizer
@@ -43,6 +50,12 @@ WIDTH = 32
 CONFIG = XUTConfig(
     input_dim=16, dim=64, ctx_dim=WIDTH, ctx_size=8, heads=4, dim_head=16, mlp_dim=96, depth=2, dec_blocks=1
 )
+SMALL: dict[str, Any] = {
+    "flux": replace(FLUX["tiny"], in_channels=64, out_channels=64, guidance_embed=True),
+    "tinyflux": replace(TINYFLUX["tiny"], in_channels=16),
+    "single_stream": SINGLE_STREAM["tiny"],
+}
+"""Configurations that fit the other stand-ins, by architecture."""
 SPEC = LatentSpec(
     name="standin",
     channels=16,
@@ -63,14 +76,28 @@ def write_standins(models: Path) -> None:
     for folder in ("diffusion_models", "text_encoders", "vae", "loras"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     write_model(models / "diffusion_models" / MODEL)
+    for name, config in SMALL.items():
+        write_model(models / "diffusion_models" / file_of(name), architecture=name, config=config)
+        write_whole_lora(models / "loras" / file_of(name), architecture=name, config=config)
     write_text(models / "text_encoders" / TEXT)
     write_vae(models / "vae" / VAE)
     write_lora(models / "loras" / LORA)
 
 
-def write_model(path: Path, *, seed: int = 1, config: XUTConfig = CONFIG) -> None:
-    """Write an XUT whose every weight counts, also those that training starts at zero."""
-    model = _randomised(XUDiT(config), seed)
+def file_of(architecture: str) -> str:
+    """The name of an architecture's stand-in."""
+    return f"standin-{architecture}.safetensors"
+
+
+def write_model(
+    path: Path,
+    *,
+    seed: int = 1,
+    architecture: str = "xut",
+    config: Any = CONFIG,
+) -> None:
+    """Write a model whose every weight counts, also those that training starts at zero."""
+    model = _randomised(find_architecture(architecture).model(config), seed)
     metadata = {
         "flowcore.latents_mean": _json(SPEC.mean),
         "flowcore.latents_std": _json(SPEC.std),
@@ -82,7 +109,7 @@ def write_model(path: Path, *, seed: int = 1, config: XUTConfig = CONFIG) -> Non
         "flowcore.vae": VAE,
         "flowcore.text_mode": "sequence",
     }
-    save_model(path, model.state_dict(), architecture="xut", config=config, metadata=metadata)
+    save_model(path, model.state_dict(), architecture=architecture, config=config, metadata=metadata)
 
 
 def write_text(path: Path) -> None:
@@ -127,6 +154,22 @@ def write_lora(path: Path, rank: int = 2) -> None:
     norm = "backbone.enc_blocks.0.0.attn_pre_norm.norm"
     tensors[f"diffusion_model.{norm}.diff"] = torch.randn(shapes[f"{norm}.weight"], generator=generator) * 0.1
     write_tensors(path, tensors, {"flowcore.arch": "xut"})
+
+
+def write_whole_lora(path: Path, *, architecture: str, config: Any, rank: int = 2) -> None:
+    """Write a LoRA of every linear layer of a model, and a change of every norm's weight."""
+    generator = torch.Generator().manual_seed(4)
+    model = find_architecture(architecture).model(config, device="meta")
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            down, up = (rank, layer.in_features), (layer.out_features, rank)
+            tensors[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(down, generator=generator) * 0.1
+            tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(up, generator=generator) * 0.1
+        elif isinstance(layer, RMSNorm):
+            change = torch.randn(layer.weight.shape, generator=generator) * 0.1
+            tensors[f"diffusion_model.{name}.diff"] = change
+    write_tensors(path, tensors, {"flowcore.arch": architecture})
 
 
 def _randomised(model: nn.Module, seed: int) -> nn.Module:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowcore.models import flux
+from flowcore.models import exo, flux
 from flowcore.weights.checkpoint import save_model
 from tests.comfy.server import Server, ServerError
 from tests.comfy.standins import CONFIG, MODEL, TEXT, VAE, write_lora
@@ -47,9 +47,14 @@ def _copy(folder: str, file: str) -> Writer:
     return lambda models, path: path.write_bytes((models / folder / file).read_bytes())
 
 
-def _flux(_: Path, path: Path) -> None:
-    config = flux.PRESETS["tiny"]
+def _sequences(_: Path, path: Path) -> None:
+    config = flux.PRESETS["points"]
     save_model(path, flux.Flux(config).state_dict(), architecture="flux", config=config)
+
+
+def _exo(_: Path, path: Path) -> None:
+    config = exo.PRESETS["tiny"]
+    save_model(path, exo.Exo(config).state_dict(), architecture="exo", config=config)
 
 
 INCOMPLETE = "must be a complete safetensors file"
@@ -68,7 +73,8 @@ MODELS: dict[str, tuple[Writer, str]] = {
         lambda _, path: save_file({"x": torch.tensor(1.0)}, path),
         r"must be those of a .*xut.* model",
     ),
-    "another_architecture": (_flux, "got flux, which runs in plain Python only"),
+    "another_architecture": (_exo, "got exo, which runs in plain Python only"),
+    "no_pictures": (_sequences, "must make latents of pictures, got one of other sequences"),
     "missing_tensor": (
         lambda models, path: _without(models, path, "out_patch.proj.bias"),
         r"1 missing \(out_patch.proj.bias\)",

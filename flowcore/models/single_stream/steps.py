@@ -7,7 +7,7 @@ memory for a tensor of this size takes longer than the arithmetic.
 import torch
 from torch import Tensor
 
-from ...layers.norm import RMSNorm, at_use, rms_norm
+from ...layers.norm import RMSNorm, rms_norm
 from .positions import HalfRotation, rotate_halves
 
 _EPS = 1e-6
@@ -15,7 +15,7 @@ _EPS = 1e-6
 
 def modulated(x: Tensor, norm: RMSNorm, scale: Tensor, shift: Tensor) -> Tensor:
     """Return norm(x) * (1 + scale) + shift for x `b n d`, scale and shift `b 1 d`."""
-    weight = at_use(norm.weight, x) * (1 + scale)
+    weight = norm.weight_at(x) * (1 + scale)
     if torch.is_grad_enabled():
         return torch.addcmul(shift, rms_norm(x, _EPS), weight)
     return (x * _inverse_length(x)).mul_(weight).add_(shift)
@@ -23,7 +23,7 @@ def modulated(x: Tensor, norm: RMSNorm, scale: Tensor, shift: Tensor) -> Tensor:
 
 def turned(x: Tensor, norm: RMSNorm, rotation: HalfRotation | None) -> Tensor:
     """Return queries or keys `b n nh e`, normed and turned. x is given up."""
-    weight = at_use(norm.weight, x)
+    weight = norm.weight_at(x)
     if torch.is_grad_enabled():
         x = rms_norm(x, _EPS, weight)
         return x if rotation is None else rotate_halves(x, rotation)

@@ -88,7 +88,7 @@ class RotaryTables(nn.Module):
     def forward(self, positions: Tensor) -> Rotation:
         """Return the rotation at positions `n a`, float32."""
         angles = [
-            positions[:, axis, None].float() * self.get_buffer(f"freqs_{axis}").float()
+            positions[:, axis, None].float() * at_use(self.get_buffer(f"freqs_{axis}"), positions)
             for axis in range(len(self.axes))
         ]
         return rotation(torch.cat(angles, dim=-1))

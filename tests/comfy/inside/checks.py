@@ -11,8 +11,10 @@ import comfy.model_management as mm
 import comfy.sample
 import comfy.sd
 import torch
+from architecture_checks import ARCHITECTURE_CHECKS
 from context import Context
 from fake_gpu import BUDGETS
+from flux_checks import FLUX_CHECKS
 from gpu_checks import GPU_CHECKS, PROMPT
 
 
@@ -81,6 +83,9 @@ def text_encoder_equals_plain_python(context: Context) -> None:
         assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
         assert found.dtype == torch.float32
         assert extras.get("pooled_output") is None
+        assert "flowcore_empty" not in extras
+        ((empty, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        assert extras["flowcore_empty"] == empty.shape[1] == 1
     halved.unlink()
 
 
@@ -281,6 +286,8 @@ def nothing_of_the_host_is_replaced(context: Context) -> None:
 
 CHECKS: tuple[Callable[[Context], None], ...] = (
     *GPU_CHECKS,
+    *ARCHITECTURE_CHECKS,
+    *FLUX_CHECKS,
     every_linear_layer_takes_lora,
     lora_is_the_same_under_every_budget,
     text_encoder_takes_lora,

@@ -23,8 +23,8 @@ class Context:
         """Return a module of the extension by its name in it."""
         return importlib.import_module(f"{self.extension.__name__}.{name}")
 
-    def model(self, dtype: str = "default") -> Any:
-        path = self.models / "diffusion_models" / "standin-xut.safetensors"
+    def model(self, dtype: str = "default", architecture: str = "xut") -> Any:
+        path = self.models / "diffusion_models" / f"standin-{architecture}.safetensors"
         with torch.inference_mode():  # as nodes run
             return self.part("nodes.host.loading").load_model(path, dtype)[0]
 
@@ -37,7 +37,7 @@ class Context:
         with torch.inference_mode():
             return self.part("nodes.host.vae").load_comfy_vae(self.models / "vae" / "standin-vae.safetensors")
 
-    def lora(self) -> dict[str, torch.Tensor]:
+    def lora(self, name: str = "lora") -> dict[str, torch.Tensor]:
         return comfy.utils.load_torch_file(
-            str(self.models / "loras" / "standin-lora.safetensors"), safe_load=True
+            str(self.models / "loras" / f"standin-{name}.safetensors"), safe_load=True
         )

@@ -64,7 +64,7 @@ def text_encoder_on_fake_gpu(context: Context) -> None:
             tokens = clip.tokenize(PROMPT)
             with on_fake_gpu(clip.patcher, budget):
                 clip.cond_stage_model.load_device = GPU
-                states, _ = clip.cond_stage_model.encode_token_weights(tokens)
+                states, *_ = clip.cond_stage_model.encode_token_weights(tokens)
                 assert states.dtype == torch.float32
                 assert states.shape[-1] == 32
 
