@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .images import read_settings, save_image
     from .pipeline import Pipeline, generate
     from .settings import Settings
-    from .text.gemma3 import load_text_encoder
+    from .text.loading import load_text_encoder
     from .vae.autoencoder import load_vae
     from .weights.checkpoint import load_model
 
@@ -41,7 +41,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "generate": "pipeline",
     "Settings": "settings",
-    "load_text_encoder": "text.gemma3",
+    "load_text_encoder": "text.loading",
     "load_vae": "vae.autoencoder",
     "load_model": "weights.checkpoint",
 }

@@ -83,7 +83,13 @@ def picture_parser() -> Parser:
     add = parser.add_argument_group("parts").add_argument
     add("--model", default="xut-demo", metavar="NAME|FILE", help="bundled name or weight file (xut-demo)")
     add("--vae", metavar="NAME|FILE", help="autoencoder (the one that the model file names)")
-    add("--text-encoder", metavar="NAME|FILE", help="text encoder (the one that the model file names)")
+    add(
+        "--text-encoder",
+        nargs="+",
+        metavar="NAME|FILE",
+        help="text encoder, or those of tokens and pooled vector, and their tokenizers where they have none "
+        "with them (what the model file names)",
+    )
     add("--text-mode", choices=("sequence", "pooled"), help="one token a word, or one vector (the model's)")
     _add_sampling(parser.add_argument_group("sampling").add_argument)
     add = parser.add_argument_group("starting from a picture").add_argument

@@ -70,6 +70,23 @@ class Conditioning:
         return replace(self, context=context, context_mask=mask, pooled=pooled, extras=extras)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextShape:
+    """What a model reads of a text.
+
+    width: of a token's state; None = it reads no text. length: the most tokens; longer texts are cut, and
+    shorter ones padded where the encoder's recipe counts padding as text. pooled: width of the vector of the
+    whole text; None = it reads none. needs_pooled: whether it must be given one. masks_padding: whether the
+    attention of a T5 encoder leaves padding out.
+    """
+
+    width: int | None
+    length: int
+    pooled: int | None = None
+    needs_pooled: bool = False
+    masks_padding: bool = True
+
+
 def zeroed(conditioning: Conditioning) -> Conditioning:
     """Return the conditions with zeros as text and as pooled vector: how some models are told nothing."""
     context, pooled = (

@@ -1,18 +1,22 @@
 """The other parts of a pipeline that a model file names: autoencoder, text encoder, text mode."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from .errors import CheckpointError, ConfigError
-from .text.gemma3 import TextMode
+from .text.encoder import TextMode
+from .text.hub import PREFIX
 from .vae.autoencoder import Autoencoder, load_vae
 from .vae.latent_spec import spec_from_metadata
 from .weights.checkpoint import LoadedModel
 
+Source: TypeAlias = str | Path
 
-def part_source(part: str, given: str | Path | None, metadata: Mapping[str, str], model: Path) -> str:
+
+def part_source(part: str, given: Source | None, metadata: Mapping[str, str], model: Path) -> str:
     """Return where a part of the pipeline is: the argument, else what the model file names."""
     source = given if given is not None else metadata.get(f"flowcore.{part}")
     if source is None:
@@ -21,8 +25,22 @@ def part_source(part: str, given: str | Path | None, metadata: Mapping[str, str]
             f"{model.name} must name its {part} in the metadata flowcore.{part}, got none; "
             f"pass one with {part}= ({option})"
         )
+    if given is None and str(source).startswith(PREFIX):
+        raise CheckpointError(
+            f"the {part} that {model.name} names must be a local file, got {source}; to download it, "
+            f"pass {part}={source!r} (--{part.replace('_', '-')} {source})"
+        )
     beside = model.parent / source
     return str(beside if given is None and beside.exists() else source)
+
+
+def text_sources(
+    given: Source | Sequence[Source] | None, metadata: Mapping[str, str], model: Path
+) -> str | list[str]:
+    """Return where the text encoders are, one or several: the argument, else what the model file names."""
+    if given is None or isinstance(given, str | Path):
+        return part_source("text_encoder", given, metadata, model)
+    return [str(source) for source in given]
 
 
 def load_model_vae(source: str, model: LoadedModel, name: str, device: torch.device) -> Autoencoder:

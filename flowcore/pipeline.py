@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,32 +21,19 @@ from .flow.steps import NoiseFn, StepCallback
 from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_images
 from .layers.attention import find_attention
 from .ops import Runtime
-from .parts import load_model_vae, part_source, text_mode_of
+from .parts import Source, load_model_vae, part_source, text_mode_of, text_sources
 from .settings import Settings
-from .text.gemma3 import TextMode, load_text_encoder
+from .text.encoder import TextEncoder, TextMode
+from .text.loading import load_text_encoder
 from .vae.autoencoder import Autoencoder
 from .weights.checkpoint import LoadedModel, load_model
 
-__all__ = ["Pipeline", "Settings", "TextEncoder", "draw_noise", "generate", "step_noise"]
+__all__ = ["Pipeline", "Settings", "draw_noise", "generate", "step_noise"]
 
 DEFAULT_MODEL = "xut-demo"
 FALLBACK_SIDE = 512
 """Pixels a side for a model whose file does not state its resolution."""
 MAX_SEED = 2**64 - 1
-
-Source: TypeAlias = str | Path
-
-
-class TextEncoder(Protocol):
-    """What the pipeline asks of a text encoder."""
-
-    def encode(self, prompts: Sequence[str], mode: TextMode = "sequence") -> Conditioning:
-        """Return the prompts' conditioning."""
-        ...
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Return the words of a prompt that the encoder does not know."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +49,7 @@ class Pipeline:
     vae: Autoencoder
     text_mode: TextMode = "sequence"
     attention: str = "auto"
-    sources: Mapping[str, str]
+    sources: Mapping[str, str | list[str]]
 
     def __post_init__(self) -> None:
         """Check that model and autoencoder share their latents, and the attention. Raises: ConfigError."""
@@ -81,7 +67,7 @@ class Pipeline:
         model: Source = DEFAULT_MODEL,
         *,
         vae: Source | None = None,
-        text_encoder: Source | None = None,
+        text_encoder: Source | Sequence[Source] | None = None,
         text_mode: TextMode | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -92,7 +78,7 @@ class Pipeline:
         Args:
             model: a model file; its metadata may name the other parts.
             vae: None = what the model file names.
-            text_encoder: None = what the model file names.
+            text_encoder: one or several, as `load_text_encoder` takes them; None = what the model file names.
             text_mode: None = what the model file says, else "sequence".
             device: "auto" takes CUDA or MPS where there is one.
             dtype: of the diffusion model; "auto" is float32 on the CPU and bfloat16 elsewhere.
@@ -105,16 +91,16 @@ class Pipeline:
         find_attention(attention)
         path = resolve(model)
         loaded = load_model(path, device=place, dtype=kind)
-        sources = {"model": str(model)}
-        for part, given in (("vae", vae), ("text_encoder", text_encoder)):
-            sources[part] = part_source(part, given, loaded.metadata, path)
+        autoencoder = part_source("vae", vae, loaded.metadata, path)
+        texts = text_sources(text_encoder, loaded.metadata, path)
+        shape = loaded.architecture.text_shape(loaded.config)
         return cls(
             model=loaded,
-            text_encoder=load_text_encoder(sources["text_encoder"], device=place),
-            vae=load_model_vae(sources["vae"], loaded, path.name, place),
+            text_encoder=load_text_encoder(texts, shape=shape, device=place),
+            vae=load_model_vae(autoencoder, loaded, path.name, place),
             text_mode=text_mode_of(text_mode or loaded.metadata.get("flowcore.text_mode", "sequence")),
             attention=attention,
-            sources=sources,
+            sources={"model": str(model), "vae": autoencoder, "text_encoder": texts},
         )
 
     @property
@@ -310,6 +296,8 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
     *,
     negative_prompt: str = "",
     model: Source | Pipeline = DEFAULT_MODEL,
+    vae: Source | None = None,
+    text_encoder: Source | Sequence[Source] | None = None,
     width: int | None = None,
     height: int | None = None,
     num_steps: int = 20,
@@ -327,7 +315,9 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
     Args:
         prompt: what to show.
         negative_prompt: what guidance leads away from.
-        model: a bundled name, a file, or a pipeline (which saves loading again).
+        model: a bundled name, a file, or a pipeline (which saves loading again and has its parts).
+        vae: None = what the model file names.
+        text_encoder: one or several, as `load_text_encoder` takes them; None = what the model file names.
         width: pixels; None = the initial image's, else the model's own.
         height: as width.
         num_steps: steps of the solver.
@@ -352,7 +342,11 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
         shift=shift,
         strength=strength,
     )
-    pipeline = model if isinstance(model, Pipeline) else Pipeline.from_files(model)
+    pipeline = (
+        model
+        if isinstance(model, Pipeline)
+        else Pipeline.from_files(model, vae=vae, text_encoder=text_encoder)
+    )
     return pipeline.generate([prompt], [seed], settings, init_image=init_image, mask=mask, callback=callback)[
         0
     ]

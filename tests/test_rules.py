@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "flowcore/flow": {"flowcore.flow", "flowcore.errors"},
     "flowcore/layers": {"flowcore.layers", *BASE},
     "flowcore/models": {"flowcore.models", "flowcore.layers", *BASE},
-    "flowcore/text": {"flowcore.text", "flowcore.weights", "flowcore.assets", *BASE},
+    "flowcore/text": {"flowcore.text", "flowcore.layers", "flowcore.weights", "flowcore.assets", *BASE},
     "flowcore/vae": {"flowcore.vae", "flowcore.weights", "flowcore.assets", *BASE},
     "flowcore/weights": {"flowcore.weights", "flowcore.models", *BASE},
     "flowcore/assets": {"flowcore.assets", "flowcore.errors"},

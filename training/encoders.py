@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcore.assets import resolve
-from flowcore.conditioning import Conditioning
+from flowcore.conditioning import Conditioning, TextShape
 from flowcore.errors import ConfigError
-from flowcore.models import TextShape
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.checkpoint import read_tensors
 from training.files import sha256

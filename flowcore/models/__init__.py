@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
-from ..conditioning import Conditioning, zeroed
+from ..conditioning import Conditioning, TextShape, zeroed
 from ..errors import CheckpointError
 from . import exo, flux, single_stream, tinyflux, xut
 from .flux.layouts import from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
@@ -58,20 +58,6 @@ class Layout:
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     export: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextShape:
-    """What a model reads of a text.
-
-    width: of a token's state; None = it reads no text. length: the most tokens; longer texts are cut. pooled:
-    width of the vector of the whole text; None = it reads none. needs_pooled: whether it must be given one.
-    """
-
-    width: int | None
-    length: int
-    pooled: int | None = None
-    needs_pooled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +147,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent_channels=lambda config: config.out_channels // flux.PATCH_SIZE**2,
         text_shape=lambda config: TextShape(
             width=config.context_in_dim,
-            length=flux.TEXT_LENGTH,
+            length=flux.TEXT_LENGTH if config.guidance_embed else flux.TEXT_LENGTH // 2,
             pooled=config.vec_in_dim,
             needs_pooled=config.needs_y,
+            masks_padding=False,
         ),
         fresh={"init": "zero"},
         size_extras=flux.default_extras,

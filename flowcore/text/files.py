@@ -1,84 +1,93 @@
-"""Files of a Gemma-3 text encoder: Hugging Face folders, and one safetensors file that holds everything."""
+"""Files of text encoders: Hugging Face folders, and safetensors files with or without their companions."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
 from ..assets import resolve
 from ..errors import CheckpointError, ConfigError
+from ..layers.scaled import unscaled
 from ..weights.atomic import write_tensors
 from ..weights.checkpoint import read_tensors
+from .kinds import Kind, find_parts
+from .tokens import SPECIAL_TOKENS, tokenizer_from_json
 
 TOKENIZER_TENSOR = "tokenizer_json"
-SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-PREFIXES = ("language_model.model.", "model.language_model.", "model.", "")
-# The output layer (tied to the embedding, not used here) and the image half of the larger models.
-_UNUSED = ("lm_head.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.")
-_UNUSED_UNDER_MODEL = ("model.vision_tower.", "model.multi_modal_projector.")
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_NO_SETTINGS = ("architectures", "transformers_version")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFiles:
-    """What a text encoder's files hold: name for messages, settings, weights (bare keys), tokenizer JSON."""
+    """What a text encoder's files hold: name for messages, kind, settings, weights (bare keys), tokenizer.
+
+    settings: as config.json or the file's metadata states them; None = a kind whose tensors tell them.
+    padding_side: of the tokenizer, where the files state it.
+    """
 
     source: str
-    config: dict[str, Any]
+    kind: Kind
+    settings: dict[str, Any] | None
     state: dict[str, Tensor]
     tokenizer_json: str
+    padding_side: str | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Return the tokenizer; CheckpointError if its JSON is not one."""
-        return tokenizer_from_json(self.tokenizer_json, source=self.source)
+        """Return the tokenizer; CheckpointError if its JSON is not one of the kind."""
+        return tokenizer_from_json(self.tokenizer_json, source=self.source, family=self.kind.family)
 
 
-def tokenizer_from_json(text: str, *, source: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a tokenizer.json's text, with Gemma's names of the special tokens.
+def is_tokenizer(path: Path) -> bool:
+    """Return whether a path is a tokenizer without weights: a JSON file, or a folder without other files."""
+    return path.suffix == ".json" if path.is_file() else not any(path.glob("*.safetensors*"))
 
-    Raises: CheckpointError if the text is no tokenizer, or lacks a special token.
-    """
-    try:
-        backend = Tokenizer.from_str(text)
-    except Exception as err:  # the library raises bare Exception
-        raise CheckpointError(f"the tokenizer of {source} must be a tokenizer.json, got {err}") from err
-    absent = [token for token in SPECIAL_TOKENS.values() if backend.token_to_id(token) is None]
-    if absent:
+
+def read_tokenizer(path: Path) -> tuple[str, str]:
+    """Return the family and the JSON of a tokenizer's file or folder. Raises: CheckpointError."""
+    text = _tokenizer_in(path)
+    family = None if text is None else _family(text)
+    if text is None or family is None:
         raise CheckpointError(
-            f"the tokenizer of {source} must have the tokens of Gemma, got none for {absent}"
+            f"{path} must be a tokenizer.json, or a folder with one or with weights, got something else; "
+            f"known are tokenizers of {', '.join(SPECIAL_TOKENS)}"
         )
-    backend.no_truncation()
-    backend.no_padding()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
+    return family, text
 
 
-def read_text_files(path_or_name: str | Path) -> TextFiles:
-    """Return settings, weights and tokenizer of a folder, a safetensors file, or a bundled name.
+def read_text_files(
+    path_or_name: str | Path, tokenizers: Mapping[str, str] = MappingProxyType({})
+) -> list[TextFiles]:
+    """Return every text encoder of a folder, a safetensors file, or a bundled name.
 
+    tokenizers: family -> JSON, which goes before what lies in the file or beside it.
     Raises: CheckpointError or ConfigError, naming the file.
     """
     path = resolve(path_or_name)
-    folder = path if path.is_dir() else path.parent
     single = path / "model.safetensors"
-    tensors, metadata = read_tensors(single if path.is_dir() and single.is_file() else path)
+    weights = single if path.is_dir() and single.is_file() else path
+    if weights.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(f"{path.name} must be a safetensors file, got a pickle; convert it")
+    tensors, metadata = read_tensors(weights)
     own = tensors.pop(TOKENIZER_TENSOR, None)
-    state = _bare_keys(tensors, path.name)
-    if own is not None:
-        text = own.cpu().numpy().tobytes().decode("utf-8")
-    else:
-        text = _read_beside(folder, "tokenizer.json", path.name)
-    config = metadata.get("flowcore.config") or _read_beside(folder, "config.json", path.name)
-    return TextFiles(
-        source=path.name,
-        config=_text_config(config, path.name),
-        state=state,
-        tokenizer_json=text,
-    )
+    packed = None if own is None else own.cpu().numpy().tobytes().decode("utf-8")
+    return [
+        TextFiles(
+            source=path.name,
+            kind=kind,
+            tokenizer_json=tokenizers.get(kind.family) or packed or _tokenizer_beside(path),
+            settings=_settings(kind, metadata, path),
+            state=_without_8_bits(state),
+            padding_side=metadata.get("flowcore.padding_side") or _stated_side(path),
+        )
+        for kind, state in find_parts(tensors, path.name)
+    ]
 
 
 def write_text_file(
@@ -88,51 +97,103 @@ def write_text_file(
     config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     metadata: Mapping[str, str],
+    architecture: str = "Gemma3TextModel",
 ) -> None:
     """Write weights, settings and tokenizer to one safetensors file, replacing an earlier one in one step."""
     text = tokenizer.backend_tokenizer.to_str()
     packed = torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8)
     own = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "Gemma3TextModel",
+        "modelspec.architecture": architecture,
         "flowcore.config": json.dumps(dict(config)),
     }
     write_tensors(path, {**state, TOKENIZER_TENSOR: packed}, {**metadata, **own})
 
 
-def _read_beside(folder: Path, name: str, source: str) -> str:
-    """Return the text of a file in the weights' folder."""
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(
-            f"the text encoder {source} must come with {name}, got none in its folder; copy it there, "
-            "or pass a file that FlowCore saved"
-        )
-    return path.read_text(encoding="utf-8")
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json's settings without what says who wrote it."""
+    return {key: value for key, value in values.items() if key not in _NO_SETTINGS}
 
 
-def _text_config(text: str, source: str) -> dict[str, Any]:
-    """Return the settings of the text half of a Gemma-3 model."""
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as err:
-        raise CheckpointError(f"the config of {source} must be JSON, got {err}") from err
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ("gemma3_text", "gemma3"):
-        raise ConfigError(f"the model_type of {source} must be gemma3_text or gemma3, got {kind}")
-    values: dict[str, Any] = config["text_config"] if kind == "gemma3" else config
+def _without_8_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights that can be computed with: those of 8 bits in bfloat16, times their scale if any."""
     return {
-        key: value for key, value in values.items() if key not in ("architectures", "transformers_version")
+        name: tensor.to(torch.bfloat16) if tensor.dtype in _EIGHT_BITS else tensor
+        for name, tensor in unscaled(state).items()
     }
 
 
-def _bare_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the text model's tensors without their prefix, and without those that encoding does not use."""
-    used = {name: t for name, t in tensors.items() if not name.startswith((*_UNUSED, *_UNUSED_UNDER_MODEL))}
-    for prefix in PREFIXES:
-        if f"{prefix}embed_tokens.weight" in used:
-            return {name.removeprefix(prefix): tensor for name, tensor in used.items()}
-    raise CheckpointError(
-        f"{source} must hold a Gemma-3 text model (embed_tokens.weight), got {len(tensors)} tensors "
-        f"without it ({', '.join(sorted(tensors)[:5])}); pass a text encoder"
+def _settings(kind: Kind, metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """Return the settings that a file states, or those in its folder if they are of its kind."""
+    folder = path if path.is_dir() else path.parent
+    beside = folder / "config.json"
+    text = metadata.get("flowcore.config")
+    if text is None and beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    values = {} if text is None else _json(text, path.name)
+    stated = values.get("model_type")
+    if stated in kind.model_types:
+        return plain_settings(values)
+    if kind.name in ("t5", "clip"):
+        return None
+    if text is None:
+        raise CheckpointError(_absent("config.json", path.name))
+    raise ConfigError(
+        f"the model_type of {path.name} must be one of {', '.join(kind.model_types)}, got {stated}"
     )
+
+
+def _tokenizer_beside(path: Path) -> str:
+    """Return the JSON of the tokenizer that lies with the weights."""
+    folder = path if path.is_dir() else path.parent
+    places = [folder / f"{path.stem}.tokenizer.json", folder]
+    if folder.name.startswith("text_encoder"):  # as diffusers lays them out
+        places.append(folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
+    found = next((text for text in map(_tokenizer_in, places) if text is not None), None)
+    if found is None:
+        raise CheckpointError(_absent("tokenizer.json", path.name))
+    return found
+
+
+def _absent(name: str, source: str) -> str:
+    return (
+        f"the text encoder {source} must come with {name}, got none in its folder; copy it there"
+        + (", or name it after the encoder" if name == "tokenizer.json" else "")
+        + ", or pass a file that FlowCore saved"
+    )
+
+
+def _tokenizer_in(place: Path) -> str | None:
+    """Return the JSON of a tokenizer's file or folder, or None if there is none."""
+    file = place / "tokenizer.json" if place.is_dir() else place
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if all((place / name).is_file() for name in ("vocab.json", "merges.txt")):
+        made: Any = CLIPTokenizerFast.from_pretrained(place, local_files_only=True)
+        return str(made.backend_tokenizer.to_str())
+    return None
+
+
+def _family(text: str) -> str | None:
+    """Return whose tokenizer a JSON text is, by its special tokens."""
+    marks = {"CLIP": '"<|startoftext|>"', "Gemma": '"<bos>"', "T5": '"</s>"'}
+    return next((family for family, mark in marks.items() if mark in text), None)
+
+
+def _stated_side(path: Path) -> str | None:
+    """Return the padding side that a tokenizer_config.json beside the weights states."""
+    file = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    side: str | None = _json(file.read_text(encoding="utf-8"), path.name).get("padding_side")
+    return side
+
+
+def _json(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as err:
+        raise CheckpointError(f"the settings of {source} must be JSON, got {err}") from err
+    if not isinstance(values, dict):
+        raise CheckpointError(f"the settings of {source} must be a JSON object, got {type(values).__name__}")
+    return values

@@ -6,106 +6,61 @@ hidden states after the final norm of BOS + text, truncated to 128 tokens, padde
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
-from torch.nn import functional
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
-from ..conditioning import Conditioning
+from ..conditioning import Conditioning, TextShape
 from ..errors import ConfigError
-from ..weights.placement import move
 from ..weights.strict import assign_strict
-from .files import TextFiles, read_text_files, write_text_file
+from .encoder import NetworkTextEncoder, token_id
+from .files import TextFiles, plain_settings, read_text_files, write_text_file
+from .pooling import pool_states
+from .tokens import pad_rows, token_row
 
-TextMode: TypeAlias = Literal["sequence", "pooled"]
 MAX_TOKENS = 128
 WHAT = "Gemma3TextModel"
 
 
-class Gemma3TextEncoder:
-    """A Gemma-3 text model with its tokenizer. Its weights are frozen.
+class Gemma3TextEncoder(NetworkTextEncoder):
+    """A Gemma-3 text model with its tokenizer.
 
     A prompt's result does not depend on the other prompts of the call: padding follows the text, is masked
     in the attention, and every state is read at its own row and position.
     """
 
-    def __init__(self, model: Gemma3TextModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    kind = "gemma3"
+    dtype = torch.float32
+    modes = ("sequence", "pooled")
+
+    def __init__(
+        self, model: Gemma3TextModel, tokenizer: PreTrainedTokenizerFast, shape: TextShape | None = None
+    ) -> None:
         """Join a network and a tokenizer; ConfigError if the network's settings lack the BOS or PAD token."""
-        self.bos, self.pad = (_token_id(model.config, name) for name in ("bos_token_id", "pad_token_id"))
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-
-    @property
-    def width(self) -> int:
-        """Length of a token state."""
-        return int(self.model.config.hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.model.embed_tokens.weight.device
-        return device
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "Gemma3TextEncoder":
-        """Move the weights in place and return self; rotary tables stay float32 whatever the dtype."""
-        move(self.model, device, dtype)
-        return self
+        super().__init__(model, tokenizer, shape)
+        self.bos, self.pad = (token_id(model.config, name) for name in ("bos_token_id", "pad_token_id"))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return token ids `b m` (BOS + text, at most 128, padded right) and the mask `b m`, True = real."""
-        if isinstance(prompts, str):
-            raise ConfigError(
-                f"prompts must be a list of texts, got one text {prompts[:40]!r}; put it in a list"
-            )
-        rows = [self._token_ids(prompt) for prompt in prompts]
-        longest = max((len(row) for row in rows), default=0)
-        ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows], dtype=torch.long)
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(longest) < rearrange(lengths, "b -> b 1")
+        """Return token ids `b m` (BOS + text, cut at 128 or the model's length, padded right), mask."""
+        known, length = int(self.model.config.vocab_size), min(MAX_TOKENS, self.shape.length)
+        rows = [[self.bos, *token_row(self.tokenizer, prompt, known)][:length] for prompt in prompts]
+        return pad_rows(rows, self.pad, max(len(row) for row in rows))
 
-    def encode(self, prompts: Sequence[str], mode: TextMode = "sequence") -> Conditioning:
-        """Return the prompts' conditioning, float32.
+    def condition(self, ids: Tensor, mask: Tensor, mode: str) -> Conditioning:
+        """Return the conditioning of token ids, float32.
 
         "sequence": the states `b m d` and the mask `b m`; padded states are zero. "pooled": the mean over the
         tokens (BOS counts), of length 1, as a sequence of one token `b 1 d`.
-        The null prompt is the empty text, which is BOS alone.
-        Raises: ConfigError if there is no prompt, the mode is unknown, or a token is not the network's.
+        The empty text is BOS alone.
         """
-        if mode not in get_args(TextMode):
-            raise ConfigError(f"the text mode must be one of {', '.join(get_args(TextMode))}, got {mode!r}")
-        if not prompts:
-            raise ConfigError("prompts must be at least one, got none")
-        ids, mask = (part.to(self.device) for part in self.tokenize(prompts))
         states = text_states(self.model, ids, mask).float()  # b m d
+        if mode == "pooled":
+            return Conditioning(context=pool_states(states, mask))
         states = torch.where(rearrange(mask, "b m -> b m 1"), states, 0.0)
-        if mode == "sequence":
-            return Conditioning(context=states, context_mask=mask)
-        mean = reduce(states, "b m d -> b 1 d", "sum") / reduce(mask.float(), "b m -> b 1 1", "sum")
-        return Conditioning(context=functional.normalize(mean, dim=-1, eps=1e-8))
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Return the parts of a prompt that the tokenizer does not know, in order."""
-        found = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        unknown = self.tokenizer.unk_token_id
-        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-        return [prompt[start:end] for token, (start, end) in pairs if token == unknown]
-
-    def _token_ids(self, prompt: str) -> list[int]:
-        """Return BOS and the first tokens of the text."""
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        rows = int(self.model.config.vocab_size)
-        foreign = [token for token in ids if token >= rows]
-        if foreign:
-            word = self.tokenizer.convert_ids_to_tokens(foreign[0])
-            raise ConfigError(
-                f"the prompt must consist of the network's {rows} tokens, got {word!r}; remove it"
-            )
-        return [self.bos, *ids[: MAX_TOKENS - 1]]
+        return Conditioning(context=states, context_mask=mask)
 
 
 def text_states(model: Gemma3TextModel, ids: Tensor, mask: Tensor) -> Tensor:
@@ -153,29 +108,28 @@ def assign_text_weights(model: Gemma3TextModel, state: Mapping[str, Tensor], *, 
 def load_text_encoder(
     path_or_name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Gemma3TextEncoder:
-    """Return the text encoder of a Hugging Face folder, a safetensors file, or a bundled name.
+    """Return the Gemma-3 text encoder of a folder, a safetensors file, or a bundled name.
 
-    Nothing is looked up on the network.
-
-    Args:
-        path_or_name: a folder with config.json, tokenizer.json and model.safetensors (or its parts), or a
-            file with the settings in its metadata `flowcore.config` and the tokenizer in the tensor
-            `tokenizer_json`; either may instead lie beside the file as config.json, tokenizer.json.
-        device: where the weights go.
-        dtype: of weights and computation; None keeps the file's.
+    dtype: of weights and computation; None keeps the file's.
     Raises: CheckpointError or ConfigError, naming the file.
     """
-    return text_encoder_from_files(read_text_files(path_or_name)).to(device, dtype)
+    (files,) = read_text_files(path_or_name)
+    encoder = from_files(files)
+    encoder.to(device, dtype)
+    return encoder
 
 
-def text_encoder_from_files(files: TextFiles) -> Gemma3TextEncoder:
+def from_files(files: TextFiles, shape: TextShape | None = None) -> Gemma3TextEncoder:
     """Return the text encoder of settings, weights and tokenizer that were read.
 
     Raises: CheckpointError or ConfigError, naming the file.
     """
-    model = build_text_model(files.config, device="meta")
+    settings = files.settings or {}
+    if settings.get("model_type") == "gemma3":
+        settings = plain_settings(settings["text_config"])
+    model = build_text_model(settings, device="meta")
     assign_text_weights(model, files.state, source=files.source)
-    return Gemma3TextEncoder(model, files.tokenizer())
+    return Gemma3TextEncoder(model, files.tokenizer(), shape)
 
 
 def save_text_encoder(
@@ -193,11 +147,3 @@ def save_text_encoder(
         tokenizer=tokenizer,
         metadata=metadata or {},
     )
-
-
-def _token_id(config: Gemma3TextConfig, name: str) -> int:
-    """Return the id of a special token."""
-    value = getattr(config, name)
-    if not isinstance(value, int):
-        raise ConfigError(f"{name} of the text encoder's config must be one number, got {value!r}")
-    return value

@@ -8,7 +8,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from .files import SPECIAL_TOKENS, tokenizer_from_json
+from .tokens import SPECIAL_TOKENS, tokenizer_from_json
 
 
 def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -17,9 +17,10 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     Ids: pad 0, eos 1, bos 2, unk 3, then the distinct words in alphabetical order.
     """
     distinct = sorted({word.lower() for word in words})
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *distinct])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    special = SPECIAL_TOKENS["Gemma"]
+    vocabulary = {token: index for index, token in enumerate([*special.values(), *distinct])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=special["unk_token"]))
     backend.normalizer = Lowercase()
     backend.pre_tokenizer = Whitespace()
-    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    backend.add_special_tokens(list(special.values()))
     return tokenizer_from_json(backend.to_str(), source="this word list")

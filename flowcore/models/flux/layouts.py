@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...layers.scaled import unscaled
 from .config import FluxConfig
 
 LAYERS: Mapping[str, str] = {
@@ -200,14 +201,5 @@ def is_scaled(keys: Collection[str]) -> bool:
 
 def from_scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the true weights in bfloat16, under the original names; scales of inputs are dropped."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, suffix = name.rpartition(".")
-        if name == "scaled_fp8" or suffix in ("scale_weight", "scale_input"):
-            continue
-        scale = tensors.get(f"{layer}.scale_weight")
-        if suffix == "weight" and scale is not None:
-            result[name] = (tensor.float() * scale.float()).to(torch.bfloat16)
-        else:
-            result[name] = tensor
+    result = unscaled(tensors)
     return from_diffusers(result) if is_diffusers(result) else result

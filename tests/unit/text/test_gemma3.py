@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flowcore.errors import CheckpointError, ConfigError
+from flowcore.text.encoder import TextMode
 from flowcore.text.gemma3 import (
     Gemma3TextEncoder,
-    TextMode,
     build_text_model,
     load_text_encoder,
     save_text_encoder,
@@ -189,7 +189,7 @@ def test_settings_and_tokenizer_must_come_with_the_weights(
     with pytest.raises(CheckpointError, match=r"te\.safetensors must come with config\.json, got none"):
         load_text_encoder(path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="must be gemma3_text or gemma3, got llama"):
+    with pytest.raises(ConfigError, match="must be one of gemma3_text, gemma3, got llama"):
         load_text_encoder(path)
     (tmp_path / "config.json").write_text(
         json.dumps({**CONFIG, "model_type": "gemma3_text"}), encoding="utf-8"
@@ -208,7 +208,9 @@ def test_missing_and_unexpected_tensors_are_named(encoder: Gemma3TextEncoder, tm
     with pytest.raises(CheckpointError, match=r"1 missing \(norm\.weight\); 1 unexpected \(stray\.weight\)"):
         load_text_encoder(path)
     save_file({"other": torch.zeros(1), "tokenizer_json": state["tokenizer_json"]}, path, metadata=metadata)
-    with pytest.raises(CheckpointError, match=r"must hold a Gemma-3 text model .*\(other\)"):
+    with pytest.raises(
+        CheckpointError, match=r"must hold a T5Gemma2 encoder, Gemma-3 text model, .*\(other\)"
+    ):
         load_text_encoder(path)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowcore.conditioning import TextShape
 from flowcore.errors import CheckpointError, ConfigError
-from flowcore.models import TextShape
 from tests.tiny import TEXT, VAE, write_parts
 from training.encoders import ByteEncoder, PixelEncoder, caption_encoder, image_encoder
 

@@ -1,0 +1,57 @@
+"""Text encoders from the Hugging Face hub, where somebody asks for them: `hub:OWNER/NAME[/FOLDER]`."""
+
+import re
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+PREFIX = "hub:"
+_ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(?:/[\w.-]+)*)")
+_WANTED = ("*.safetensors", "*.json", "merges.txt")
+
+
+def is_address(source: str | Path) -> bool:
+    """Return whether a source is on the hub."""
+    return isinstance(source, str) and source.startswith(PREFIX)
+
+
+def looks_like_address(source: str | Path) -> bool:
+    """Return whether a source might be meant as a repository of the hub, OWNER/NAME."""
+    return isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+
+
+def fetch(address: str) -> Path:
+    """Return the local folder of an address, downloaded with a progress bar unless it is in the hub's cache.
+
+    Safetensors files, settings and tokenizers alone, of the folder that is named and of its tokenizer. The
+    hub's own settings hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+    Raises: CheckpointError on one line if the address is none, the hub is out of reach, or lacks such files.
+    """
+    match = _ADDRESS.fullmatch(address.removeprefix(PREFIX))
+    if match is None:
+        raise CheckpointError(
+            f"a hub address must be hub:OWNER/NAME or hub:OWNER/NAME/FOLDER, got {address!r}"
+        )
+    folder = match["folder"].strip("/")
+    places = [folder, folder.replace("text_encoder", "tokenizer")] if folder else [""]
+    wanted = [f"{place}/{name}".lstrip("/") for place in places for name in _WANTED]
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        local = snapshot_download(
+            match["repo"], allow_patterns=wanted, ignore_patterns=[] if folder else ["*/*"]
+        )
+    except (HfHubHTTPError, OSError, ValueError) as err:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise CheckpointError(
+            f"{address} must be on the hub and within reach, got {reason}; check name and connection, "
+            "log in (hf auth login) if it asks for consent, or pass a local folder or file"
+        ) from err
+    place = Path(local) / folder
+    if not any(place.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{address} must hold safetensors files, got none; name the folder of a text encoder in it, "
+            "hub:OWNER/NAME/FOLDER, or another repository"
+        )
+    return place
