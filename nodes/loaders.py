@@ -7,6 +7,8 @@ from .schema import schema
 
 DTYPES = ("default", "float32", "bfloat16", "float16", "fp8_e4m3fn", "fp8_e5m2")
 TEXT_MODES = ("sequence", "pooled")
+TEXT_FOR = ("auto", "xut", "flux", "tinyflux", "single_stream")
+NO_FILE = "none"
 
 
 class LoadModel(io.ComfyNode):
@@ -72,7 +74,7 @@ class LoadModel(io.ComfyNode):
 
 
 class LoadTextEncoder(io.ComfyNode):
-    """A text encoder as CLIP."""
+    """One text encoder, or two that make a pair, as CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,43 +82,74 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="FlowCoreLoadTextEncoder",
             display_name="Load FlowCore Text Encoder",
             category="FlowCore/loaders",
-            description="Loads a Gemma-3 text encoder with its tokenizer, for the stock CLIP Text Encode "
-            "node. Offline.",
-            search_aliases=["load clip", "text encoder", "gemma", "flowcore"],
+            description="Loads a Gemma-3, T5Gemma2 or T5 text encoder with its tokenizer, alone or with a "
+            "CLIP, for the stock CLIP Text Encode node. Offline.",
+            search_aliases=["load clip", "dual clip", "text encoder", "gemma", "t5", "t5gemma", "flowcore"],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=choices(Kind.TEXT),
                     tooltip="File in models/text_encoders, or a bundled encoder (flowcore-...). Beside a "
-                    "file from "
-                    "elsewhere its config.json and tokenizer.json must lie.",
+                    "file from elsewhere its tokenizer.json must lie, and the config.json of a Gemma.",
                 ),
                 io.Combo.Input(
                     "text_mode",
                     options=list(TEXT_MODES),
                     default="sequence",
                     tooltip="'sequence' gives the model every token; 'pooled' one vector for the whole "
-                    "prompt. "
-                    "Choose what the model was trained with.",
+                    "prompt (Gemma-3 only). Choose what the model was trained with.",
+                ),
+                io.Combo.Input(
+                    "clip_name2",
+                    options=[NO_FILE, *choices(Kind.TEXT)],
+                    default=NO_FILE,
+                    optional=True,
+                    tooltip="The other file of a pair: tinyflux and FLUX.1 want a T5 and a CLIP, in any "
+                    "order.",
+                ),
+                io.Combo.Input(
+                    "text_for",
+                    options=list(TEXT_FOR),
+                    default="auto",
+                    optional=True,
+                    tooltip="Architecture that reads the text; decides how prompts are cut and padded. "
+                    "'auto' takes T5-XXL for flux; a T5 is the only encoder that needs another choice.",
                 ),
             ],
             outputs=[io.Clip.Output(display_name="clip", tooltip="Text encoder for CLIP Text Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
-        return check(Kind.TEXT, clip_name)
+    def validate_inputs(cls, clip_name: str, clip_name2: str = NO_FILE) -> bool | str:
+        results = [check(Kind.TEXT, name) for name in _chosen(clip_name, clip_name2)]
+        return next((result for result in results if result is not True), True)
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name: str, text_mode: str) -> str:
-        return f"{fingerprint(Kind.TEXT, clip_name)}-{text_mode}"
+    def fingerprint_inputs(
+        cls, clip_name: str, text_mode: str, clip_name2: str = NO_FILE, text_for: str = "auto"
+    ) -> str:
+        files = [fingerprint(Kind.TEXT, name) for name in _chosen(clip_name, clip_name2)]
+        return "-".join([*files, text_mode, text_for])
 
     @classmethod
-    def execute(cls, *, clip_name: str, text_mode: str = "sequence") -> io.NodeOutput:
+    def execute(
+        cls,
+        *,
+        clip_name: str,
+        text_mode: str = "sequence",
+        clip_name2: str = NO_FILE,
+        text_for: str = "auto",
+    ) -> io.NodeOutput:
         """Return the text encoder."""
         from .host.text import load_clip
 
-        return io.NodeOutput(load_clip(find(Kind.TEXT, clip_name), text_mode))
+        paths = [find(Kind.TEXT, name) for name in _chosen(clip_name, clip_name2)]
+        return io.NodeOutput(load_clip(paths, text_mode, text_for))
+
+
+def _chosen(*names: str) -> list[str]:
+    """Return the names of the files that are chosen."""
+    return [name for name in names if name != NO_FILE]
 
 
 class LoadVAE(io.ComfyNode):

@@ -14,12 +14,14 @@ from flowcore.models.flux import PRESETS as FLUX
 from flowcore.models.single_stream import PRESETS as SINGLE_STREAM
 from flowcore.models.tinyflux import PRESETS as TINYFLUX
 from flowcore.models.xut import XUDiT, XUTConfig
+from flowcore.text import t5gemma2
 from flowcore.text.gemma3 import build_text_model, save_text_encoder
 from flowcore.text.word_tokenizer import build_word_tokenizer
 from flowcore.vae.autoencoder import save_autoencoder
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.atomic import write_tensors
 from flowcore.weights.checkpoint import save_model
+from tests.unit.text.small import randomise, write_folders
 
 MODEL, TEXT, VAE, LORA = (
     "standin-xut.safetensors",
@@ -27,6 +29,7 @@ MODEL, TEXT, VAE, LORA = (
     "standin-vae.safetensors",
     "standin-lora.safetensors",
 )
+T5, CLIP, T5GEMMA2 = "t5/model.safetensors", "clip/model.safetensors", "standin-t5gemma2.safetensors"
 WORDS = [
     "a",
     "red",
@@ -80,6 +83,8 @@ def write_standins(models: Path) -> None:
         write_model(models / "diffusion_models" / file_of(name), architecture=name, config=config)
         write_whole_lora(models / "loras" / file_of(name), architecture=name, config=config)
     write_text(models / "text_encoders" / TEXT)
+    write_folders(models / "text_encoders")
+    write_t5gemma2(models / "text_encoders" / T5GEMMA2)
     write_vae(models / "vae" / VAE)
     write_lora(models / "loras" / LORA)
 
@@ -123,6 +128,19 @@ def write_text(path: Path) -> None:
     }  # fmt: skip
     torch.manual_seed(2)
     save_text_encoder(path, build_text_model(config), tokenizer)
+
+
+def write_t5gemma2(path: Path) -> None:
+    """Write a T5Gemma2 text encoder of two layers with the same tokenizer."""
+    tokenizer = build_word_tokenizer(WORDS)
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16,
+        "sliding_window": 300, "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0,
+        "eos_token_id": 1, "bos_token_id": 2, "model_type": "t5gemma2_text",
+    }  # fmt: skip
+    network = randomise(t5gemma2.build_network(settings, source=path.name), 5)
+    t5gemma2.save_text_encoder(path, t5gemma2.T5Gemma2TextEncoder(network, tokenizer, padding_side="left"))
 
 
 def write_vae(path: Path) -> None:

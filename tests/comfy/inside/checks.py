@@ -15,7 +15,8 @@ from architecture_checks import ARCHITECTURE_CHECKS
 from context import Context
 from fake_gpu import BUDGETS
 from flux_checks import FLUX_CHECKS
-from gpu_checks import GPU_CHECKS, PROMPT
+from gpu_checks import GPU_CHECKS
+from text_checks import TEXT_CHECKS
 
 
 def every_linear_layer_takes_lora(context: Context) -> None:
@@ -48,62 +49,6 @@ def lora_is_the_same_under_every_budget(context: Context) -> None:
         noise, torch.ones(1), c_crossattn=text[0][0], transformer_options={}
     )
     assert not torch.allclose(results["all"], plain, atol=1e-2)
-
-
-def text_encoder_takes_lora(context: Context) -> None:
-    clip = context.clip()
-    key = "text_encoders.model.layers.0.self_attn.q_proj"
-    rows, columns = clip.cond_stage_model.model.layers[0].self_attn.q_proj.weight.shape
-    lora = {f"{key}.lora_A.weight": torch.ones(1, columns), f"{key}.lora_B.weight": torch.ones(rows, 1)}
-    _, changed = comfy.sd.load_lora_for_models(None, clip, lora, 0.0, 1.0)
-    with torch.inference_mode():
-        plain, patched = (c.encode(PROMPT).clone() for c in (clip, changed))
-        again = clip.encode(PROMPT)
-    assert not torch.allclose(plain, patched, atol=1e-4)
-    assert torch.equal(plain, again)
-
-
-def text_encoder_equals_plain_python(context: Context) -> None:
-    gemma3 = context.part("flowcore.text.gemma3")
-    path = context.models / "text_encoders" / "standin-text.safetensors"
-    halved = path.with_name("bfloat16.safetensors")
-    encoder = gemma3.load_text_encoder(path, dtype=torch.float32)
-    state = {name: tensor.bfloat16() for name, tensor in encoder.model.state_dict().items()}
-    encoder.model.load_state_dict(state)  # rounded, in float32
-    files = context.part("flowcore.text.files")
-    files.write_text_file(
-        halved, state, config=encoder.model.config.to_diff_dict(), tokenizer=encoder.tokenizer, metadata={}
-    )
-    load = context.part("nodes.host.text").load_clip
-    for mode in ("sequence", "pooled"):
-        with torch.inference_mode():
-            clip = load(halved, mode)
-            ((found, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
-            expected = encoder.encode([PROMPT], mode).context
-        assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
-        assert found.dtype == torch.float32
-        assert extras.get("pooled_output") is None
-        assert "flowcore_empty" not in extras
-        ((empty, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        assert extras["flowcore_empty"] == empty.shape[1] == 1
-    halved.unlink()
-
-
-def parentheses_are_text(context: Context) -> None:
-    clip = context.clip()
-    (section,) = clip.tokenize("a (red:1.4) circle")["gemma3"]
-    assert all(weight == 1.0 for _, weight in section)
-    assert len(section) > 6  # the marks are tokens of their own
-
-
-def last_layer_can_be_left_out(context: Context) -> None:
-    clip = context.clip()
-    with torch.inference_mode():
-        last = clip.encode(PROMPT)
-        earlier = clip.clone()
-        earlier.clip_layer(-2)
-        assert not torch.allclose(earlier.encode(PROMPT), last, atol=1e-4)
-        assert torch.equal(clip.encode(PROMPT), last)
 
 
 def vae_equals_plain_python(context: Context) -> None:
@@ -288,12 +233,9 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
     *GPU_CHECKS,
     *ARCHITECTURE_CHECKS,
     *FLUX_CHECKS,
+    *TEXT_CHECKS,
     every_linear_layer_takes_lora,
     lora_is_the_same_under_every_budget,
-    text_encoder_takes_lora,
-    text_encoder_equals_plain_python,
-    parentheses_are_text,
-    last_layer_can_be_left_out,
     vae_equals_plain_python,
     text_of_different_lengths_is_not_repeated,
     positions_survive_the_cast,

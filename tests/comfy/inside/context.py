@@ -28,10 +28,10 @@ class Context:
         with torch.inference_mode():  # as nodes run
             return self.part("nodes.host.loading").load_model(path, dtype)[0]
 
-    def clip(self, mode: str = "sequence") -> Any:
-        path = self.models / "text_encoders" / "standin-text.safetensors"
+    def clip(self, mode: str = "sequence", *names: str, text_for: str = "auto") -> Any:
+        paths = [self.models / "text_encoders" / name for name in names or ("standin-text.safetensors",)]
         with torch.inference_mode():
-            return self.part("nodes.host.text").load_clip(path, mode)
+            return self.part("nodes.host.text").load_clip(paths, mode, text_for)
 
     def vae(self) -> Any:
         with torch.inference_mode():
