@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowcore.conditioning import Conditioning, cat
+from flowcore.conditioning import Conditioning, cat, zeroed
 from flowcore.errors import FlowCoreError, ShapeError
 
 
@@ -74,3 +74,36 @@ def test_dtype_changes_only_floating_point_parts() -> None:
 def test_errors_are_value_errors() -> None:
     assert issubclass(ShapeError, FlowCoreError)
     assert issubclass(FlowCoreError, ValueError)
+
+
+def test_a_cut_keeps_the_first_tokens_and_everything_else() -> None:
+    given = Conditioning(
+        context=torch.arange(6.0).reshape(1, 3, 2),
+        context_mask=torch.tensor([[True, True, False]]),
+        pooled=torch.ones(1, 4),
+    )
+    cut = given.cut(2)
+    assert cut.context is not None
+    assert cut.context_mask is not None
+    assert cut.context.tolist() == [[[0, 1], [2, 3]]]
+    assert cut.context_mask.tolist() == [[True, True]]
+    assert cut.pooled is given.pooled
+    assert Conditioning().cut(2).context is None
+
+
+def test_zeroed_conditions_keep_their_shapes_masks_and_extras() -> None:
+    given = Conditioning(
+        context=torch.ones(1, 3, 2),
+        context_mask=torch.ones(1, 3, dtype=torch.bool),
+        pooled=torch.ones(1, 4),
+        extras={"r": torch.ones(1)},
+    )
+    null = zeroed(given)
+    assert null.context is not None
+    assert null.pooled is not None
+    assert (null.context.shape, null.pooled.shape) == ((1, 3, 2), (1, 4))
+    assert not null.context.any()
+    assert not null.pooled.any()
+    assert null.context_mask is given.context_mask
+    assert null.extras["r"] is given.extras["r"]
+    assert zeroed(Conditioning()) == Conditioning()

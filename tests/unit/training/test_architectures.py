@@ -87,6 +87,9 @@ def test_from_the_plan_to_a_continued_run_and_its_pictures(
     with torch.no_grad():
         velocity = pipeline.guided_velocity(PROMPTS, Settings(cfg_scale=2.0))
         found = pipeline.vae.decode(euler(velocity, noise, sigma_grid(2)))
+        told = pipeline.guided_velocity(PROMPTS, Settings(cfg_scale=2.0, negative_prompt="green"))
+        level = torch.full((2,), 0.7)
+        assert not torch.allclose(told(noise, level), velocity(noise, level), atol=1e-4)
     assert pipeline.default_size == (32, 32)
     assert (expected - expected.mean()).abs().max() > 0.01
     assert torch.allclose(found, expected, atol=1e-4)

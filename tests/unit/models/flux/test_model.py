@@ -285,3 +285,23 @@ def test_zero_init_is_the_identity_and_trains() -> None:
 
 def test_reference_init_gives_values_of_order_one() -> None:
     assert 0.05 < Flux(CONFIG)(**inputs()).std().item() < 5
+
+
+@torch.no_grad()
+def test_the_mean_of_the_real_text_stands_in_for_y_where_the_model_is_made_so() -> None:
+    model = random_model(replace(CONFIG, vec_in_dim=7, pooled_from_text=True))
+    given = {**inputs(), "y": None}
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[0, 3:5] = False
+    mean = torch.stack([given["txt"][0, :3].mean(0), given["txt"][1].mean(0)])
+    assert_close(model(**given, mask=mask), model(**{**given, "y": mean}, mask=mask), limit=FORWARD_LIMIT)
+    other = model(**{**given, "y": given["txt"].mean(1)}, mask=mask)
+    assert not torch.allclose(model(**given, mask=mask), other, atol=1e-3)
+    assert_close(model(**given)[1], model(**{**given, "y": given["txt"].mean(1)})[1], limit=FORWARD_LIMIT)
+
+
+def test_the_mean_must_have_the_width_of_y() -> None:
+    with pytest.raises(
+        ConfigError, match="vec_in_dim must be context_in_dim = 7 with pooled_from_text, got 6"
+    ):
+        replace(CONFIG, pooled_from_text=True)

@@ -22,7 +22,7 @@ from tests.unit.models.tinyflux.small import BARE, CONFIG, SIZE, inputs, random_
     [
         ("tinyflux-deep", 245_347_234, 683),
         ("tinyflux-deep-v3", 243_884_817, 579),
-        ("demo", 2_365_098, 143),
+        ("demo", 898_120, 109),
         ("tiny", 320_680, 97),
     ],
 )

@@ -82,16 +82,11 @@ def test_wrong_conditions_are_named() -> None:
         velocity(model.forward, latents[0], sigma, told())
 
 
-def test_null_condition_is_zero() -> None:
-    null = zeroed(told())
-    assert null.context is not None
-    assert null.pooled is not None
-    assert not null.context.any()
-    assert not null.pooled.any()
-
-
 def test_row() -> None:
     row = find_architecture("tinyflux")
     assert row.latent_channels(row.presets["demo"]) == 16
     assert row.size_extras(row.presets["demo"], 64, 96) == {}
+    assert row.text_shape(row.presets["demo"]).needs_pooled is False
+    assert row.text_shape(row.presets["tinyflux-deep"]).needs_pooled is True
+    assert row.null_text is zeroed
     assert all(row.config_from_dict(config.to_dict()) == config for config in row.presets.values())
