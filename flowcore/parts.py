@@ -40,7 +40,8 @@ def text_sources(
     """Return where the text encoders are, one or several: the argument, else what the model file names."""
     if given is None or isinstance(given, str | Path):
         return part_source("text_encoder", given, metadata, model)
-    return [str(source) for source in given]
+    several = [str(source) for source in given]
+    return several[0] if len(several) == 1 else several
 
 
 def load_model_vae(source: str, model: LoadedModel, name: str, device: torch.device) -> Autoencoder:

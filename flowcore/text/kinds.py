@@ -70,9 +70,9 @@ _OTHERS = (
     (".resblocks.", "an OpenCLIP model; use the file in the names of transformers"),
     ("patch_embedding", "an image encoder such as CLIP vision; use the file of the text model"),
     ("self_attn.q_proj", "a language model of another kind"),
-    ("encoder.conv_in", "a VAE"),
-    ("decoder.conv_in", "a VAE"),
-    ("blocks.", "a diffusion model"),
+    ("encoder.conv_in", "a VAE; pass a text encoder"),
+    ("decoder.conv_in", "a VAE; pass a text encoder"),
+    ("blocks.", "a diffusion model; pass a text encoder"),
 )
 
 

@@ -237,7 +237,10 @@ def test_unknown_words_are_mentioned(parts: Path, tmp_path: Path, capsys: pytest
             "must be those of a .* model, got .* a VAE; give the file of the diffusion model",
         ),
         (["--vae", "MODEL"], "model.safetensors must hold a KL autoencoder .*got .*; pass a VAE file"),
-        (["--text-encoder", "VAE"], "vae.safetensors must hold a Gemma-3 text model .*; pass a text encoder"),
+        (
+            ["--text-encoder", "VAE"],
+            "vae.safetensors must hold a T5Gemma2 encoder, .* tensors of a VAE; pass",
+        ),
         (["--model", "BROKEN"], "broken.safetensors must be a complete safetensors file"),
         (["--model", "NAMELESS"], "nameless.safetensors must name its vae .*, got none; pass one with vae="),
     ],

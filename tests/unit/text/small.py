@@ -1,14 +1,17 @@
 """Tiny random T5 and CLIP text models with tokenizers of the published classes, in transformers' folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizerFast,
+    GemmaTokenizer,
     T5Config,
     T5ForConditionalGeneration,
     T5TokenizerFast,
@@ -33,6 +36,22 @@ CLIP_SETTINGS: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 0,
     "pad_token_id": 1,
+}
+T5GEMMA2_TEXT: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 300,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+T5GEMMA2_CONFIG = {
+    "model_type": "t5gemma2",
+    "encoder": {"model_type": "t5gemma2_encoder", "text_config": T5GEMMA2_TEXT},
 }
 PROMPTS = ["a bee", "", "red cab, red bee", "ab " * 300]
 PIECES = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefr,", "\u2581a", "red", "\u2581red", "bee"]
@@ -82,3 +101,20 @@ def write_folders(folder: Path) -> tuple[Path, Path]:
     clip_network().save_pretrained(clip)
     clip_tokenizer().save_pretrained(clip)
     return t5, clip
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Letters, with the special tokens of Gemma."""
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefgh"]
+    return GemmaTokenizer(
+        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], add_bos_token=True
+    )
+
+
+def write_t5gemma2(network: nn.Module, folder: Path) -> None:
+    """Write a T5Gemma2's text half, further tensors, and its tokenizer, as transformers does."""
+    state = {f"model.encoder.{name}": tensor for name, tensor in network.state_dict().items()}
+    others = {"model.encoder.vision_tower.x": torch.zeros(2), "model.decoder.norm.weight": torch.zeros(2)}
+    save_file({**state, **others}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(T5GEMMA2_CONFIG), encoding="utf-8")
+    gemma_tokenizer().save_pretrained(folder)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import GemmaTokenizer
@@ -21,51 +20,23 @@ from flowcore.text.t5gemma2 import (
     text_states,
 )
 from flowcore.text.tokens import SPECIAL_TOKENS
+from tests.unit.text.small import T5GEMMA2_CONFIG, T5GEMMA2_TEXT, gemma_tokenizer, randomise, write_t5gemma2
 
 pytest.importorskip("transformers.models.t5gemma2", reason="needs transformers 5")
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-    "query_pre_attn_scalar": 12,
-    "sliding_window": 300,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-CONFIG = {"model_type": "t5gemma2", "encoder": {"model_type": "t5gemma2_encoder", "text_config": TEXT}}
 PROMPTS = ["a bee", "", "cab"]
 TOLERANCE = 1e-5  # padding changes the order of float32 sums; states are of size 1
 
 
-def tokenizer() -> GemmaTokenizer:
-    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefgh"]
-    return GemmaTokenizer(
-        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], add_bos_token=True
-    )
-
-
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    network = build_network(CONFIG, source="test").eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.3)
-    return network
+    return randomise(build_network(T5GEMMA2_CONFIG, source="test"), 0)
 
 
 @pytest.fixture
 def folder(network: nn.Module, tmp_path: Path) -> Path:
     """A folder as transformers writes it."""
-    state = {f"model.encoder.{name}": tensor for name, tensor in network.state_dict().items()}
-    others = {"model.encoder.vision_tower.x": torch.zeros(2), "model.decoder.norm.weight": torch.zeros(2)}
-    save_file({**state, **others}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    tokenizer().save_pretrained(tmp_path)
+    write_t5gemma2(network, tmp_path)
     return tmp_path
 
 
@@ -130,7 +101,7 @@ def test_the_empty_text_has_states(folder: Path) -> None:
 )
 def test_every_layout_gives_the_same_network(network: nn.Module, prefix: str) -> None:
     state = {prefix + name: tensor for name, tensor in network.state_dict().items()}
-    loaded = network_from_tensors(CONFIG, state, source="test").eval()
+    loaded = network_from_tensors(T5GEMMA2_CONFIG, state, source="test").eval()
     ids = torch.tensor([[2, 6, 7, 0]])
     mask = torch.tensor([[True, True, True, False]])
     with torch.no_grad():
@@ -148,7 +119,7 @@ def test_one_file_holds_everything(folder: Path, tmp_path: Path) -> None:
 
 def test_scale_of_embeddings_is_rounded_with_the_weights(network: nn.Module) -> None:
     halves = {name: tensor.bfloat16() for name, tensor in network.state_dict().items()}
-    loaded = network_from_tensors(CONFIG, halves, source="test")
+    loaded = network_from_tensors(T5GEMMA2_CONFIG, halves, source="test")
     embedding: Any = loaded.get_submodule("embed_tokens")
     ids = torch.tensor([[5]])
     scale = torch.tensor(24**0.5).bfloat16()
@@ -187,12 +158,12 @@ def test_faulty_files_are_named(folder: Path, network: nn.Module) -> None:
     state = network.state_dict()
     del state["norm.weight"]
     with pytest.raises(CheckpointError, match=r"1 missing \(norm\.weight\)"):
-        network_from_tensors(CONFIG, state, source="test")
+        network_from_tensors(T5GEMMA2_CONFIG, state, source="test")
     with pytest.raises(CheckpointError, match=r"must hold a T5Gemma2 encoder, .*\(other\)"):
-        network_from_tensors(CONFIG, {"other": torch.zeros(1)}, source="test")
+        network_from_tensors(T5GEMMA2_CONFIG, {"other": torch.zeros(1)}, source="test")
     with pytest.raises(ConfigError, match="settings of test must fit T5Gemma2"):
-        build_network({**TEXT, "model_type": "t5gemma2_text", "hidden_size": 25}, source="test")
+        build_network({**T5GEMMA2_TEXT, "model_type": "t5gemma2_text", "hidden_size": 25}, source="test")
 
 
 def test_special_tokens_are_gemmas() -> None:
-    assert set(SPECIAL_TOKENS["Gemma"].values()) <= set(tokenizer().get_vocab())
+    assert set(SPECIAL_TOKENS["Gemma"].values()) <= set(gemma_tokenizer().get_vocab())
