@@ -53,14 +53,14 @@ class Job(NamedTuple):
         return cls(Case(**{**case, "shape": tuple(case["shape"])}), values["device"], values["reference"])
 
 
-# One size of each architecture for every kind of row: a new architecture is one line here and one in SMOKE.
+# One size of each architecture for every kind of row.
 SIZES = (
     Case(arch="xut", preset="xut-small", shape=(32, 32), text=64, batch=4),
     Case(arch="flux", preset="readme", shape=(1024,), text=1024, batch=2),
     Case(arch="tinyflux", preset="tinyflux-deep", shape=(32, 32), text=128),
     Case(arch="single_stream", preset="v3-384", shape=(56, 56), text=128, batch=2),
 )
-# Further sizes of which only a forward is measured.
+# Further sizes of which only a forward is measured; exo trains and samples by loops of its own.
 FORWARDS = (
     Case(arch="xut", preset="xut-small", shape=(32, 32), text=64),
     Case(  # a pair of FLUX.1's blocks at 1024 px
@@ -71,6 +71,7 @@ FORWARDS = (
         text=512,
         dtype="bfloat16",
     ),
+    Case(arch="exo", preset="tiny", shape=(32, 32), text=64),
 )
 # The large models' widths in fewer blocks and tokens: two minutes in all, and yet the matrices take the time.
 SMOKE = (
@@ -96,6 +97,7 @@ SMOKE = (
         shape=(32, 32),
         text=64,
     ),
+    Case(arch="exo", preset="small", shape=(16, 16), text=64),
 )
 
 
@@ -106,7 +108,7 @@ def suite(name: str) -> tuple[Case, ...]:
     # Guided sampling of the large sizes takes a CPU many minutes: there it is measured on the demo models.
     sampled = [replace(case, preset="demo", shape=(16, 16), text=64, batch=1) for case in SIZES]
     rows = [
-        *(replace(case, what=LOAD, batch=1) for case in SIZES),
+        *(replace(case, what=LOAD, batch=1) for case in (*SIZES, FORWARDS[-1])),
         *SIZES,
         *FORWARDS,
         *(replace(case, what=what) for case in SIZES for what in (TRAIN, CHECKPOINTED)),

@@ -17,14 +17,6 @@ from tests.bench.cases import CHECKPOINTED, Case
 from tests.bench.originals import Call
 from tests.bench.references import REFERENCES
 
-WIDTHS: dict[str, tuple[str, str | None]] = {
-    "xut": ("ctx_dim", None),
-    "flux": ("context_in_dim", "vec_in_dim"),
-    "tinyflux": ("joint_attention_dim", "pooled_projection_dim"),
-    "single_stream": ("text_embed_dim", None),
-}
-"""Fields of the configuration that hold the widths of a text token and of the pooled text."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -60,8 +52,12 @@ def inputs_of(case: Case, device: str) -> Inputs:
     """Random inputs of a case."""
     architecture, config = find_architecture(case.arch), config_of(case)
     torch.manual_seed(0)
-    text_field, pooled_field = WIDTHS[case.arch]
-    pooled = torch.randn(case.batch, getattr(config, pooled_field)) if pooled_field else None
+    text = architecture.text_shape(config)
+    pooled = torch.randn(case.batch, text.pooled) if text.pooled else None
+    if text.width == 1:  # token ids of a model that brings its own text encoder
+        context = torch.randint(256, (case.batch, case.text, 1))
+    else:
+        context = torch.randn(case.batch, case.text, text.width or 0)
     if len(case.shape) == 2:
         channels = architecture.latent_channels(config)
         extras = architecture.size_extras(config, 8 * case.shape[1], 8 * case.shape[0])
@@ -71,9 +67,7 @@ def inputs_of(case: Case, device: str) -> Inputs:
             "img_ids": torch.randint(1024, (case.batch, *case.shape, axes)),
             "txt_ids": torch.randint(1024, (case.batch, case.text, axes)),
         }
-    conditioning = Conditioning(
-        context=torch.randn(case.batch, case.text, getattr(config, text_field)), pooled=pooled, extras=extras
-    ).expand(case.batch)
+    conditioning = Conditioning(context=context, pooled=pooled, extras=extras).expand(case.batch)
     dtype = getattr(torch, case.dtype)
     return Inputs(
         latents=torch.randn(case.batch, channels, *case.shape).to(device, dtype),
@@ -91,10 +85,10 @@ def own_subject(case: Case, device: str) -> Subject:
     runtime = Runtime(run_block=run_checkpointed) if case.what == CHECKPOINTED else Runtime()
 
     def call(module: nn.Module, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        generator = torch.Generator().manual_seed(0)  # of dropout
-        return architecture.velocity(
-            module.forward, latents, sigma, conditioning, generator=generator, runtime=runtime
-        )
+        options: dict[str, Any] = {"runtime": runtime}
+        if module.training:
+            options["generator"] = torch.Generator().manual_seed(0)  # of dropout
+        return architecture.velocity(module.forward, latents, sigma, conditioning, **options)
 
     def save(module: nn.Module, path: Path) -> None:
         save_model(path, module.state_dict(), architecture=case.arch, config=config)
