@@ -43,6 +43,8 @@ class Host:
         network: flowcore's model out of ComfyUI's layers.
         model: the adapter around it.
         stock_kinds: the names by which stock nodes know the kinds of blocks.
+        cuts_text: prompts end at the most tokens that the model reads, as in plain Python; other models read
+            what nodes join to a prompt.
         token_side: latent cells a side of an image token.
         memory: ComfyUI's factor: activations for each latent cell.
         sampling: how levels are laid out where no node says otherwise.
@@ -55,6 +57,7 @@ class Host:
     network: type[Network]
     model: type[FlowCoreModel] = FlowCoreModel
     stock_kinds: Mapping[str, str]
+    cuts_text: bool = False
     token_side: Callable[[Any], int]
     memory: Callable[[Any], float]
     sampling: Callable[[Any], Sampling] = lambda config: shifted()  # noqa: ARG005
@@ -67,6 +70,7 @@ HOSTS: Mapping[str, Host] = {
     "xut": Host(
         network=XutNetwork,
         stock_kinds={"enc": "double_block", "dec": "single_block"},
+        cuts_text=True,
         token_side=lambda config: config.patch_size,
         memory=lambda config: 2.0 * config.dim / 1024,  # what the published extension declares
         pack=xut_conds.pack,
@@ -96,6 +100,7 @@ HOSTS: Mapping[str, Host] = {
     "single_stream": Host(
         network=SingleStreamNetwork,
         stock_kinds={"blocks": "single_block"},
+        cuts_text=True,
         token_side=lambda config: config.patch_size,
         memory=lambda config: 0.8 * config.hidden_size / 384,
     ),

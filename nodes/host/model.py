@@ -1,5 +1,6 @@
 """The adapter between ComfyUI's conditioning and sampling and a network."""
 
+import logging
 from typing import Any
 
 import comfy.conds
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ...flowcore.conditioning import Conditioning
 from ...flowcore.errors import ConfigError, ShapeError
 
+logger = logging.getLogger("flowcore")
 EMPTY_PROMPT = "flowcore_empty"
 """Entry of a conditioning that our text encoders made from an empty prompt: its number of tokens."""
 
@@ -75,9 +77,19 @@ class FlowCoreModel(comfy.model_base.BaseModel):
         context, width = conditions.get("cross_attn"), self.text_shape.width
         if context is not None and width is not None and "flowcore_class" not in conditions:
             _check_width("text states", context, width)
-            found.update(_text_conds(context, mask))
+            found.update(_text_conds(self._cut(context), mask))
         found.update(self.host.pack(conditions, self.config))
         return found
+
+    def _cut(self, context: Tensor) -> Tensor:
+        """Return the tokens that a model with a most of them was trained to read."""
+        length = self.text_shape.length
+        if not self.host.cuts_text or context.shape[1] <= length:
+            return context
+        logger.warning(
+            "a prompt of %d tokens was cut to the %d that the model reads", context.shape[1], length
+        )
+        return context[:, :length]
 
     def extra_conds_shapes(self, **conditions: Any) -> dict[str, list[int]]:
         """Return the shapes that count towards the memory estimate besides the latents'."""

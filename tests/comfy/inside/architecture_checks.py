@@ -216,15 +216,25 @@ def low_precision_stays_near(context: Context) -> None:
             assert 0 < error < limit, (name, dtype, error)
 
 
+def long_prompts_are_cut_as_in_plain_python(context: Context) -> None:
+    ((states, entries),) = conditioning(1, 40)
+    for name in ("xut", "single_stream"):
+        model = context.model(architecture=name)
+        length = model.model.text_shape.length
+        assert length < 40
+        with warnings_of_comfyui() as warnings:
+            found = sample(model, [[states, entries]], conditioning(2, 4))
+        assert f"a prompt of 40 tokens was cut to the {length} that the model reads" in warnings
+        assert torch.equal(found, sample(model, [[states[:, :length], entries]], conditioning(2, 4))), name
+
+
 def conditions_of_other_models_are_named(context: Context) -> None:
     wide = [[torch.zeros(1, 4, 48), {"pooled_output": torch.zeros(1, WIDTH)}]]
     pooled = [[torch.zeros(1, 4, WIDTH), {"pooled_output": torch.zeros(1, 48)}]]
-    long = conditioning(1, 40)
     references = conditioning(1, 4, reference_latents=[torch.zeros(1, 16, 4, 4)] * 2)
     for name, wrong, expected in (
         ("flux", wide, "text states for this model must be 32 wide, got 48"),
         ("tinyflux", pooled, "the pooled vector for this model must be 32 wide, got 48"),
-        ("single_stream", long, "text_embeds must have 1 to 32 tokens, got 40"),
         ("flux", references, "reference pictures must be at most one, got 2"),
     ):
         message = ""
@@ -288,6 +298,7 @@ ARCHITECTURE_CHECKS: tuple[Callable[[Context], None], ...] = (
     attention_can_be_replaced,
     weights_that_need_float32_keep_it,
     low_precision_stays_near,
+    long_prompts_are_cut_as_in_plain_python,
     conditions_of_other_models_are_named,
     architectures_on_fake_gpu,
     files_saved_by_comfyui_load_again,
