@@ -84,7 +84,7 @@ def test_nothing_else_is_looked_up(hub: Hub, tmp_path: Path) -> None:
     metadata = {"flowcore.text_encoder": "hub:some/one"}
     with pytest.raises(CheckpointError, match="must be a local file, got hub:some/one; to download it, pass"):
         text_sources(None, metadata, tmp_path / "model.safetensors")
-    assert text_sources(["hub:some/one"], metadata, tmp_path / "model.safetensors") == ["hub:some/one"]
+    assert text_sources(["hub:some/one"], metadata, tmp_path / "model.safetensors") == "hub:some/one"
     assert hub.asked == []
 
 
