@@ -81,6 +81,12 @@ def bundled_models() -> list[str]:
     return [name for name in list_builtin() if name.endswith("-demo")]
 
 
+def title(name: str) -> str:
+    """What a model is called in the table: `<title>/model.safetensors`, `<title>.safetensors`, or its name."""
+    path = Path(name)
+    return path.parent.name if path.name == "model.safetensors" and path.parent.name else path.stem
+
+
 def measure(name: str, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracy, size and speed of one model over the captions."""
     from flowcore.pipeline import Pipeline
@@ -88,7 +94,7 @@ def measure(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
 
     pipeline = Pipeline.from_files(name)
     settings = Settings(num_steps=arguments.steps, cfg_scale=arguments.cfg)
-    folder = arguments.images / Path(name).stem if arguments.images else None
+    folder = arguments.images / title(name) if arguments.images else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     verdicts: list[Verdict] = []
@@ -166,7 +172,7 @@ def _cells(name: str, result: dict[str, Any]) -> dict[str, str]:
     shares = {**result["accuracy"], "relation and color": result.get("relation_and_color")}
     minutes = result.get("train_seconds") and result["train_seconds"] / 60
     return {
-        "model": Path(name).stem,
+        "model": title(name),
         "captions": str(result["count"]),
         **{title: _format(share and share * 100, "{:.1f}") for title, share in shares.items()},
         "PSNR dB": _format(result.get("psnr"), "{:.1f}"),

@@ -45,12 +45,12 @@ class ImageEncoder(Protocol):
 class CaptionEncoder(Protocol):
     """Captions to conditioning."""
 
-    identity: str
-    width: int
-    pooled: int | None
+    @property
+    def identity(self) -> str:
+        """What a cache knows the encoder by."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Context `b m d`, its mask, and the pooled vector `b k` if `pooled` gives a width."""
+        """Context `b m d`, its mask if padding does not count, the pooled vector `b k` if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,7 @@ class ByteEncoder:
 
     def __init__(self, width: int, length: int) -> None:
         """Vectors of `width`; captions are cut or padded to `length` bytes."""
-        self.width, self.length = width, length
-        self.pooled: int | None = width
+        self.length = length
         self.identity = f"bytes-mean-{width}-{length}"
         self._table = torch.randn(257, width, generator=generator(0, "bytes"))
 
@@ -121,19 +120,17 @@ class FileImageEncoder:
 class FileCaptionEncoder:
     """A text encoder from a file, a folder or a bundled name."""
 
-    pooled: int | None = None
+    def __init__(self, name: str, text: TextShape, device: torch.device) -> None:
+        """Raises: CheckpointError, ConfigError if the file cannot be used, or not for the model."""
+        from flowcore.text.loading import load_text_encoder
 
-    def __init__(self, name: str, length: int, device: torch.device) -> None:
-        """Texts are cut to `length` tokens. Raises: CheckpointError if the file cannot be used."""
-        from flowcore.text.gemma3 import load_text_encoder
-
-        self.encoder = load_text_encoder(name, device=device)
-        self.width, self.length = self.encoder.width, length
-        self.identity = f"{_file_identity(name)}-{length}"
+        self.encoder = load_text_encoder(name, shape=text, device=device)
+        self.identity = self.encoder.identity
+        self.length = text.length
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """States of the tokens and their mask."""
+        """States of the tokens, and what goes with them."""
         return self.encoder.encode(prompts).cut(self.length)
 
 
@@ -160,22 +157,17 @@ def caption_encoder(name: str | None, text: TextShape, device: torch.device) -> 
     """
     if text.width is None:
         raise ConfigError("model.preset must be of a model that reads text, got one that reads none")
-    made: CaptionEncoder = (
-        ByteEncoder(text.width, text.length)
-        if name in (None, "bytes")
-        else FileCaptionEncoder(str(name), text.length, device)
-    )
-    if made.width != text.width:
-        raise ConfigError(
-            f"encoders.text: {name} must have the model's text width {text.width}, got {made.width}"
-        )
-    is_left_out = made.pooled is None and not text.needs_pooled
-    if text.pooled is not None and made.pooled != text.pooled and not is_left_out:
-        raise ConfigError(
-            f"encoders.text: {name} must give a pooled vector of the model's width {text.pooled}, "
-            f"got {made.pooled}"
-        )
-    return made
+    if name in (None, "bytes"):
+        if text.pooled not in (None, text.width):
+            raise ConfigError(
+                "encoders.text must name an encoder with a pooled vector of the model's width "
+                f"{text.pooled}, got bytes, which gives {text.width}"
+            )
+        return ByteEncoder(text.width, text.length)
+    try:
+        return FileCaptionEncoder(str(name), text, device)
+    except ConfigError as err:
+        raise ConfigError(f"encoders.text: {err}") from err
 
 
 def latent_facts(spec: LatentSpec, name: str) -> dict[str, str]:

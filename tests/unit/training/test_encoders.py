@@ -69,7 +69,7 @@ def test_encoders_from_files_must_fit_the_model(tmp_path: Path) -> None:
     assert caption_encoder(text, shape(24, 16), CPU).encode(["a red circle"]).context is not None
     with pytest.raises(ConfigError, match=r"encoders\.vae: .*must have the model's 16 channels, got 4"):
         image_encoder(vae, 16, "sdxl", CPU)
-    with pytest.raises(ConfigError, match=r"encoders\.text: .*must have the model's text width 128, got 24"):
+    with pytest.raises(ConfigError, match=r"encoders\.text: .*the model's width 128, got 24"):
         caption_encoder(text, shape(128, 16), CPU)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match=r"junk\.safetensors"):
@@ -96,11 +96,15 @@ def test_texts_of_files_are_cut_to_the_length_of_the_model(tmp_path: Path) -> No
 def test_a_pooled_vector_must_be_there_where_the_model_needs_it_and_fit(tmp_path: Path) -> None:
     write_parts(tmp_path)
     text = str(tmp_path / TEXT)
-    assert caption_encoder(text, shape(24, 16, 24), CPU).pooled is None
-    assert caption_encoder("bytes", shape(24, 16, 24, needs_pooled=True), CPU).pooled == 24
-    with pytest.raises(ConfigError, match=r"encoders\.text: .*pooled vector of .*width 24, got None"):
+    assert caption_encoder(text, shape(24, 16, 24), CPU).encode(["a"]).pooled is None
+    pooled = caption_encoder("bytes", shape(24, 16, 24, needs_pooled=True), CPU).encode(["a"]).pooled
+    assert pooled is not None
+    assert pooled.shape == (1, 24)
+    with pytest.raises(ConfigError, match=r"encoders\.text: .*CLIP text model of width 24"):
         caption_encoder(text, shape(24, 16, 24, needs_pooled=True), CPU)
-    with pytest.raises(ConfigError, match=r"encoders\.text: bytes .*pooled vector of .*width 7, got 24"):
+    with pytest.raises(
+        ConfigError, match=r"encoders\.text must .*pooled vector of .*width 7, got bytes, which gives 24"
+    ):
         caption_encoder("bytes", shape(24, 16, 7), CPU)
 
 
