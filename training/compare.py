@@ -82,7 +82,7 @@ def bundled_models() -> list[str]:
 
 
 def title(name: str) -> str:
-    """What a model is called in the table: `<title>/model.safetensors`, `<title>.safetensors`, or its name."""
+    """What the table calls a model: name, stem of its file, or folder of a `model.safetensors`."""
     path = Path(name)
     return path.parent.name if path.name == "model.safetensors" and path.parent.name else path.stem
 
