@@ -161,8 +161,8 @@ class LoadVAE(io.ComfyNode):
             node_id="FlowCoreLoadVAE",
             display_name="Load FlowCore VAE",
             category="FlowCore/loaders",
-            description="Loads a KL autoencoder (SD, SDXL, EQ-SDXL, FLUX.1 or bundled) for the stock VAE "
-            "nodes.",
+            description="Loads a KL autoencoder (SD1.5, SDXL, EQ-SDXL, SD3, FLUX.1, FLUX.2 or bundled) for "
+            "the stock VAE nodes.",
             search_aliases=["load vae", "autoencoder", "decode", "flowcore"],
             inputs=[
                 io.Combo.Input(

@@ -1,53 +1,46 @@
-"""KL autoencoders (SD, SDXL, EQ-SDXL, FLUX.1, the bundled one) as images <-> model-space latents.
+"""KL autoencoders (SD1.5 to FLUX.2, the bundled one) as images <-> model-space latents.
 
-The network is diffusers' AutoencoderKL; importing this file imports diffusers.
+The networks are diffusers'; importing this file imports diffusers.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from ..assets import resolve
-from ..errors import CheckpointError, ConfigError, ShapeError
-from ..weights.atomic import write_tensors
-from ..weights.checkpoint import read_tensors
-from ..weights.strict import assign_strict
-from .config import checked_config, infer_config
-from .keys import find_prefix, to_diffusers
-from .latent_spec import (
-    LATENT_SPECS,
-    LatentSpec,
-    scaled_spec,
-    spec_from_metadata,
-    spec_from_statistics,
-)
+from ..errors import ConfigError, ShapeError
+from ..weights.placement import move
+from .config import latent_grid
+from .files import VaeFile, read_vae, save_autoencoder
+from .latent_spec import LATENT_SPECS, LatentSpec
+from .network import build_autoencoder
+from .tiling import TileCallback, Tiling, in_tiles
 
-FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+__all__ = ["Autoencoder", "build_autoencoder", "load_vae", "save_autoencoder"]
 
 
 class Autoencoder:
     """An AutoencoderKL together with its latent space.
 
     The network computes in its own dtype; what goes in is cast to it, what comes out is float32. Its weights
-    are frozen: they take no gradient, inputs do.
+    are frozen: they take no gradient, inputs do. `tiling` says which pictures are computed in tiles, and
+    `on_tile` is told of each.
     """
 
-    def __init__(self, module: AutoencoderKL, spec: LatentSpec) -> None:
-        """Join a network and a latent space; ConfigError if the channels or the downscale factor differ."""
-        channels = int(module.config["latent_channels"])
-        downscale = _downscale(module.config)
-        if (channels, downscale) != (spec.channels, spec.downscale):
+    def __init__(self, module: AutoencoderKL, spec: LatentSpec, *, tiling: Tiling | None = None) -> None:
+        """Join a network and a latent space; ConfigError if what a latent cell is differs."""
+        grid = latent_grid(module.config)
+        if grid != spec.grid:
             raise ConfigError(
                 f"the latent space {spec.name} ({spec.channels} channels, 1/{spec.downscale}) must fit its "
-                f"autoencoder, got {channels} channels, 1/{downscale}"
+                f"autoencoder, got {grid.channels} channels, 1/{grid.downscale}"
             )
         self.module = module.eval().requires_grad_(False)
         self.spec = spec
+        self.tiling = tiling or Tiling()
+        self.on_tile: TileCallback | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +56,7 @@ class Autoencoder:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Autoencoder":
         """Move the weights in place and return self."""
-        _move(self.module, device, dtype)
+        move(self.module, device, dtype)
         return self
 
     def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -80,7 +73,12 @@ class Autoencoder:
                 f"images must be `b 3 height width` with sides that are multiples of {side}, "
                 f"got {tuple(images.shape)}"
             )
-        posterior = self.module.encode(images.to(self.device, self.dtype)).latent_dist
+        cells = self.tiling.cells(images.shape[2], images.shape[3], side)
+        if cells is None:
+            moments = self._moments(images)
+        else:
+            moments = in_tiles(self._moments, images, cells=cells, before=side, callback=self.on_tile)
+        posterior = DiagonalGaussianDistribution(moments)
         raw = posterior.mode() if generator is None else posterior.sample(generator)
         return self.spec.to_model(raw.float())
 
@@ -90,26 +88,21 @@ class Autoencoder:
         Raises: ShapeError if the latents have other axes or channels.
         """
         raw = self.spec.from_model(latents.to(self.device, torch.float32))
+        side = self.spec.downscale
+        cells = self.tiling.cells(raw.shape[2] * side, raw.shape[3] * side, side)
+        if cells is None:
+            return self._images(raw)
+        return in_tiles(self._images, raw, cells=cells, after=side, callback=self.on_tile)
+
+    def _moments(self, images: Tensor) -> Tensor:
+        """Return mean and log-variance of the posterior, side by side, `b 2c h w`."""
+        moments: Tensor = self.module.encode(images.to(self.device, self.dtype)).latent_dist.parameters
+        return moments
+
+    def _images(self, raw: Tensor) -> Tensor:
+        """Return images in [-1, 1], float32, of raw latents."""
         images: Tensor = self.module.decode(raw.to(self.dtype)).sample
         return images.float().clamp(-1.0, 1.0)
-
-
-def build_autoencoder(
-    config: Mapping[str, Any], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> AutoencoderKL:
-    """Return a network of the given settings, with random weights, or none on the device "meta".
-
-    Raises: ConfigError if a setting is unknown or does not fit.
-    """
-    values = checked_config(config, source="this VAE")
-    try:
-        with torch.device(device):
-            module = AutoencoderKL(**values)
-    except (TypeError, ValueError) as err:
-        raise ConfigError(
-            f"settings of the VAE must fit AutoencoderKL, got {' '.join(str(err).split())}"
-        ) from err
-    return _move(module, None, dtype)
 
 
 def load_vae(
@@ -118,6 +111,7 @@ def load_vae(
     spec: str | LatentSpec | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
+    tiling: Tiling | None = None,
 ) -> Autoencoder:
     """Return the autoencoder of a safetensors file, a diffusers folder, or a bundled name.
 
@@ -125,116 +119,24 @@ def load_vae(
         path_or_name: keys as diffusers, BFL or the original `ldm` code name them, also inside a whole
             checkpoint under `vae.` or `first_stage_model.`.
         spec: the latent space, used when the file does not state its own (SD1.5 and SDXL files do not, and
-            look alike).
+            look alike), or when it is another convention for the same autoencoder.
         device: where the weights go.
         dtype: of weights and computation; None keeps the file's.
+        tiling: which pictures are computed in tiles; None = large ones.
     Raises: CheckpointError or ConfigError, naming the file.
     """
-    path = resolve(path_or_name)
-    tensors, metadata, stated = _read(path)
-    prefix = find_prefix(tensors, source=path.name)
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    state = to_diffusers({name: own[name] for name in own if name not in ("vae_mean", "vae_std")})
-    config = checked_config(stated, source=path.name) if stated else infer_config(state, source=path.name)
-    module = build_autoencoder(config, device="meta")
-    assign_strict(module, state, source=path.name, what="AutoencoderKL")
-    side = _downscale(config)
-    found = (
-        _tensor_spec(tensors, prefix)
-        or spec_from_metadata(metadata, source=path.name, downscale=side)
-        or _config_spec(config, side)
-        or _given_spec(spec, module.config["latent_channels"], path.name)
-    )
-    return Autoencoder(module, found).to(device, dtype)
+    found = read_vae(path_or_name)
+    return Autoencoder(found.module, _choose_spec(found, spec), tiling=tiling).to(device, dtype)
 
 
-def save_autoencoder(
-    path: str | Path, module: AutoencoderKL, spec: LatentSpec, *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write network, settings and latent space to one safetensors file, replacing an earlier one."""
-    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
-    own = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "AutoencoderKL",
-        "flowcore.config": json.dumps(config),
-        "flowcore.latent_spec": spec.name,
-        "flowcore.latents_mean": json.dumps(list(spec.mean)),
-        "flowcore.latents_std": json.dumps(list(spec.std)),
-    }
-    write_tensors(path, module.state_dict(), {**(metadata or {}), **own})
-
-
-def _move(
-    module: AutoencoderKL, device: torch.device | str | None, dtype: torch.dtype | None
-) -> AutoencoderKL:
-    """Move the weights in place, as torch does (the class's own `to` logs a warning at each)."""
-    torch.nn.Module.to(module, device=device, dtype=dtype)
-    return module
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """Return tensors, string metadata, and the settings that the file or the folder states ({} if none)."""
-    if not path.is_dir():
-        tensors, metadata = read_tensors(path)
-        return (
-            tensors,
-            metadata,
-            _json(metadata.get("flowcore.config", "{}"), f"flowcore.config in {path.name}"),
+def _choose_spec(found: VaeFile, given: str | LatentSpec | None) -> LatentSpec:
+    """Return the file's latent space or the caller's; ConfigError if there is none."""
+    wanted = LATENT_SPECS.get(given) if isinstance(given, str) else given
+    if found.spec is not None:
+        return wanted if wanted is not None and wanted.shares == found.spec.name else found.spec
+    if wanted is None:
+        raise ConfigError(
+            f"the latent space of {found.source} must be named, as the file does not state it, got {given}; "
+            f"pass spec= as one of {', '.join(found.fitting) or 'a LatentSpec'}"
         )
-    config = path / "config.json"
-    if not config.is_file() or not (path / FOLDER_WEIGHTS).is_file():
-        raise CheckpointError(
-            f"a VAE folder must hold config.json and {FOLDER_WEIGHTS}, got {path} without them"
-        )
-    tensors, metadata = read_tensors(path / FOLDER_WEIGHTS)
-    return tensors, metadata, _json(config.read_text(encoding="utf-8"), str(config))
-
-
-def _json(text: str, source: str) -> dict[str, Any]:
-    """Return the JSON object of a text."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as err:
-        raise CheckpointError(f"{source} must be a JSON object, got {err}") from err
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _tensor_spec(tensors: Mapping[str, Tensor], prefix: str) -> LatentSpec | None:
-    """Return the space stored as tensors: single-file EQ checkpoints hold `vae_mean` and `vae_std`."""
-    for start in ("", prefix):
-        if f"{start}vae_mean" in tensors and f"{start}vae_std" in tensors:
-            mean, std = (tensors[f"{start}vae_{part}"].float().flatten().tolist() for part in ("mean", "std"))
-            return spec_from_statistics(mean, std)
-    return None
-
-
-def _config_spec(config: Mapping[str, Any], downscale: int) -> LatentSpec | None:
-    """Return the space that the settings state, as the files of diffusers do."""
-    if config.get("latents_mean") and config.get("latents_std"):
-        return spec_from_statistics(config["latents_mean"], config["latents_std"], downscale=downscale)
-    if "scaling_factor" not in config:
-        return None
-    shift = config.get("shift_factor") or 0.0
-    channels = int(config.get("latent_channels", 4))
-    scaled = scaled_spec("custom", channels=channels, scale=config["scaling_factor"], shift=shift)
-    return spec_from_statistics(scaled.mean, scaled.std, downscale=downscale)
-
-
-def _given_spec(given: str | LatentSpec | None, channels: int, source: str) -> LatentSpec:
-    """Return the space that the caller names; ConfigError if there is none."""
-    if isinstance(given, LatentSpec):
-        return given
-    if given in LATENT_SPECS:
-        return LATENT_SPECS[given]
-    fitting = [spec.name for spec in LATENT_SPECS.values() if spec.channels == channels]
-    raise ConfigError(
-        f"the latent space of {source} must be named, as the file does not state it, got {given}; "
-        f"pass spec= as one of {', '.join(fitting)}"
-    )
-
-
-def _downscale(config: Mapping[str, Any]) -> int:
-    """Return the side of a latent cell in pixels."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    return wanted

@@ -1,6 +1,7 @@
 """Key names of KL autoencoders: every published layout to the one of diffusers.
 
-Source: black-forest-labs/flux `modules/autoencoder.py` and CompVis `ldm` share one layout (called BFL here).
+Source: black-forest-labs/flux `modules/autoencoder.py`, flux2 `autoencoder.py` and CompVis `ldm` share one
+layout (called BFL here).
 """
 
 import re
@@ -9,9 +10,13 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..weights.kinds import describe_names
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 _ANCHOR = "encoder.conv_in.weight"
+_CODEBOOK = "quantize.embedding.weight"
+_TRAINING = ("loss.", "model_ema.")
+"""What the training of `ldm` leaves in a file beside the autoencoder."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _BFL_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
@@ -22,11 +27,10 @@ def find_prefix(names: Collection[str], *, source: str) -> str:
     Raises: CheckpointError if no autoencoder is among the names.
     """
     for prefix in PREFIXES:
-        if prefix + _ANCHOR in names:
+        if prefix + _ANCHOR in names and prefix + _CODEBOOK not in names:
             return prefix
     raise CheckpointError(
-        f"{source} must hold a KL autoencoder ({_ANCHOR}), got {len(names)} tensors without one "
-        f"({', '.join(sorted(names)[:5])}); pass a VAE file"
+        f"{source} must hold a KL autoencoder ({_ANCHOR}), got {describe_names(names)}; pass a VAE file"
     )
 
 
@@ -38,6 +42,8 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     )
     renamed = {}
     for name, tensor in tensors.items():
+        if name.startswith(_TRAINING):
+            continue
         new = _from_bfl(name, levels) if is_bfl else _from_old_attention(name)
         is_matrix = re.search(r"\.attentions\.0\.to_\w+(\.0)?\.weight$", new) is not None
         renamed[new] = tensor.flatten(1) if is_matrix and tensor.ndim == 4 else tensor
@@ -71,4 +77,5 @@ def _from_bfl(name: str, levels: int) -> str:
         lambda m: f".mid_block.attentions.0.{_BFL_ATTENTION[m[1]]}.",
         name,
     )
+    name = re.sub(r"^(?:encoder\.quant|decoder\.post_quant)_conv\.", lambda m: m[0].split(".", 1)[1], name)
     return name.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out.")

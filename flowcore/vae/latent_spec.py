@@ -6,6 +6,7 @@ Raw latents are what an autoencoder's encoder puts out; model-space latents are 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,21 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, ShapeError
 
 
+class LatentGrid(NamedTuple):
+    """What a latent cell is: numbers in it, pixels a side, and encoder cells a side that lie in it."""
+
+    channels: int
+    downscale: int
+    patch: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
     """One latent space: model space = (raw - mean) / std per channel.
 
-    A latent cell covers a square of `downscale` pixels a side.
+    A latent cell covers a square of `downscale` pixels a side. The autoencoder makes it of `patch` x `patch`
+    cells of its encoder, whose channels lie side by side. shares: the space whose autoencoder this one has,
+    where models of two conventions use the same file.
     """
 
     name: str
@@ -25,6 +36,8 @@ class LatentSpec:
     downscale: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    patch: int = 1
+    shares: str = ""
 
     def __post_init__(self) -> None:
         """Check that every channel has its statistics."""
@@ -35,6 +48,11 @@ class LatentSpec:
             )
         if min(self.std) <= 0:
             raise ConfigError(f"latent std of {self.name} must be positive, got {min(self.std)}")
+
+    @property
+    def grid(self) -> LatentGrid:
+        """What a latent cell is."""
+        return LatentGrid(self.channels, self.downscale, self.patch)
 
     def to_model(self, raw: Tensor) -> Tensor:
         """Return model-space latents `b c h w` of raw latents `b c h w`, in the input's dtype."""
@@ -58,7 +76,14 @@ class LatentSpec:
 
 
 def scaled_spec(
-    name: str, *, channels: int, scale: float, shift: float = 0.0, downscale: int = 8
+    name: str,
+    *,
+    channels: int,
+    scale: float,
+    shift: float = 0.0,
+    downscale: int = 8,
+    patch: int = 1,
+    shares: str = "",
 ) -> LatentSpec:
     """Return the spec of a space given as scale * (raw - shift), one scale and shift for all channels."""
     return LatentSpec(
@@ -67,11 +92,14 @@ def scaled_spec(
         downscale=downscale,
         mean=(shift,) * channels,
         std=(1.0 / scale,) * channels,
+        patch=patch,
+        shares=shares,
     )
 
 
 # Source: the published autoencoder configs; eq-sdxl is KBlueLeaf's EQ-SDXL-VAE (latents_mean, latents_std);
-# flux1-unshifted is FLUX.1's VAE as SingleStreamDiT was trained on it, without the shift.
+# flux1-unshifted is FLUX.1's VAE as TinyFlux and SingleStreamDiT were trained on it, without the shift.
+# flux2's autoencoder normalises by statistics of its own file, so that its raw latents are the model's.
 LATENT_SPECS: dict[str, LatentSpec] = {
     spec.name: spec
     for spec in (
@@ -86,13 +114,19 @@ LATENT_SPECS: dict[str, LatentSpec] = {
         ),
         scaled_spec("sd3", channels=16, scale=1.5305, shift=0.0609),
         scaled_spec("flux1", channels=16, scale=0.3611, shift=0.1159),
-        scaled_spec("flux1-unshifted", channels=16, scale=0.3611),
+        scaled_spec("flux1-unshifted", channels=16, scale=0.3611, shares="flux1"),
+        scaled_spec("flux2", channels=128, scale=1.0, downscale=16, patch=2),
     )
 }
 
 
 def spec_from_statistics(
-    mean: Sequence[float], std: Sequence[float], *, name: str = "custom", downscale: int = 8
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    name: str = "custom",
+    downscale: int = 8,
+    patch: int = 1,
 ) -> LatentSpec:
     """Return the spec of per-channel statistics read from a file.
 
@@ -100,12 +134,17 @@ def spec_from_statistics(
     with its exact constants.
     """
     for spec in LATENT_SPECS.values():
-        if spec.downscale == downscale and _is_close(spec.mean, mean) and _is_close(spec.std, std):
+        is_placed = spec.name == name or (spec.downscale, spec.patch) == (downscale, patch)
+        if is_placed and _is_close(spec.mean, mean) and _is_close(spec.std, std):
             return spec
-    return LatentSpec(name=name, channels=len(mean), downscale=downscale, mean=tuple(mean), std=tuple(std))
+    return LatentSpec(
+        name=name, channels=len(mean), downscale=downscale, mean=tuple(mean), std=tuple(std), patch=patch
+    )
 
 
-def spec_from_metadata(metadata: Mapping[str, str], *, source: str, downscale: int = 8) -> LatentSpec | None:
+def spec_from_metadata(
+    metadata: Mapping[str, str], *, source: str, downscale: int = 8, patch: int = 1
+) -> LatentSpec | None:
     """Return the latent space that a file's metadata states, None if it states none.
 
     `flowcore.latents_mean` and `flowcore.latents_std` are JSON lists with a value for each channel;
@@ -115,7 +154,7 @@ def spec_from_metadata(metadata: Mapping[str, str], *, source: str, downscale: i
     name = metadata.get("flowcore.latent_spec")
     mean, std = (_numbers(metadata, f"flowcore.latents_{part}", source) for part in ("mean", "std"))
     if mean is not None and std is not None:
-        return spec_from_statistics(mean, std, name=name or "custom", downscale=downscale)
+        return spec_from_statistics(mean, std, name=name or "custom", downscale=downscale, patch=patch)
     if name is None:
         return None
     if name not in LATENT_SPECS:

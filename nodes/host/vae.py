@@ -1,4 +1,7 @@
-"""A KL autoencoder as ComfyUI's VAE. Its latents are raw, as ComfyUI has them; the MODEL normalises."""
+"""A KL autoencoder as ComfyUI's VAE. Its latents are raw, as ComfyUI has them; the MODEL normalises.
+
+FLUX.2's are packed and normalised by the autoencoder itself, as in the ComfyUI versions that know it.
+"""
 
 import logging
 from pathlib import Path
@@ -11,8 +14,8 @@ from comfy.model_patcher import ModelPatcher
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ...flowcore.errors import ConfigError
-from ...flowcore.vae.autoencoder import Autoencoder, load_vae
+from ...flowcore.vae.config import latent_grid
+from ...flowcore.vae.files import read_vae
 from .operations import own_memory, use_operations
 
 logger = logging.getLogger("flowcore")
@@ -42,15 +45,15 @@ def load_comfy_vae(path: Path) -> comfy.sd.VAE:
     """
     logger.info("loading VAE %s", path.name)
     with torch.inference_mode(False):
-        autoencoder = _load(path)
-        module, spec = autoencoder.module, autoencoder.spec
+        module = read_vae(path).module.eval()
         vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})  # lets every version set its attributes
         first_stage = FirstStage(own_memory(module, vae.vae_dtype))
-    vae.latent_channels, vae.latent_dim, vae.output_channels = spec.channels, 2, 3
-    vae.downscale_ratio = vae.upscale_ratio = spec.downscale
+    grid = latent_grid(module.config)
+    vae.latent_channels, vae.latent_dim, vae.output_channels = grid.channels, 2, 3
+    vae.downscale_ratio = vae.upscale_ratio = grid.downscale
     # ComfyUI's figures for a width of 128 in the first level, scaled to the width of this one.
     width = module.config["block_out_channels"][0] / 128
-    area = spec.downscale**2
+    area = grid.downscale**2
     vae.memory_used_encode = lambda shape, dtype: 1767 * shape[2] * shape[3] * mm.dtype_size(dtype) * width
     vae.memory_used_decode = lambda shape, dtype: (
         2178 * shape[2] * shape[3] * area * mm.dtype_size(dtype) * width
@@ -60,15 +63,3 @@ def load_comfy_vae(path: Path) -> comfy.sd.VAE:
     if hasattr(vae, "size"):
         vae.size = None  # newer versions keep the size of the model they started with
     return vae
-
-
-def _load(path: Path) -> Autoencoder:
-    """Return the autoencoder of a file.
-
-    One that states no latent space has 4 channels (SD, SDXL) or 16 (FLUX.1). Which of these it is does not
-    matter here, as the latents stay raw.
-    """
-    try:
-        return load_vae(path, spec="sdxl", dtype=None)
-    except ConfigError:
-        return load_vae(path, spec="flux1", dtype=None)

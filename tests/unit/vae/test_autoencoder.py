@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from flowcore.errors import CheckpointError, ConfigError, ShapeError
 from flowcore.vae.autoencoder import Autoencoder, build_autoencoder, load_vae, save_autoencoder
-from flowcore.vae.config import infer_config
+from flowcore.vae.config import infer_config, latent_grid
+from flowcore.vae.files import fitting_spaces
 from flowcore.vae.keys import to_diffusers
 from flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, scaled_spec
 
@@ -63,14 +64,20 @@ def test_reference_outputs_of_a_small_flux_autoencoder() -> None:
     assert_close(autoencoder.decode(latents), roundtrip, atol=GOLDEN_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("table", ["FLUX.1-ae.bfl", "FLUX.1-ae.diffusers", "SDXL-vae.diffusers"])
+@pytest.mark.parametrize(
+    "table",
+    ["FLUX.1-ae.bfl", "FLUX.1-ae.diffusers", "FLUX.2-ae.bfl", "FLUX.2-ae.diffusers", "SDXL-vae.diffusers"],
+)
 def test_published_key_tables_map_onto_the_module_exactly(table: str) -> None:
     shapes = json.loads((GOLDEN / f"{table}.keys.json").read_text(encoding="utf-8"))
     state = to_diffusers({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
     config = infer_config(state, source=table)
     module = build_autoencoder(config, device="meta")
     assert {k: v.shape for k, v in module.state_dict().items()} == {k: v.shape for k, v in state.items()}
-    assert config["use_quant_conv"] == (table == "SDXL-vae.diffusers")
+    assert config["use_quant_conv"] == (not table.startswith("FLUX.1"))
+    spaces = {"FLUX.1": ("sd3", "flux1", "flux1-unshifted"), "FLUX.2": ("flux2",)}
+    expected = spaces.get(table[:6], ("sd15", "sdxl", "eq-sdxl"))
+    assert fitting_spaces(latent_grid(config), shapes) == expected
 
 
 def test_old_diffusers_names_of_attention_are_read() -> None:
@@ -194,17 +201,22 @@ def test_missing_and_unexpected_tensors_are_named_on_one_line(tiny: Autoencoder,
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (
-            {"lora_down": torch.zeros(1)},
-            r"must hold a KL autoencoder .*got 1 tensors without one \(lora_down\)",
-        ),
+        ({"x.lora_down.weight": torch.zeros(1)}, r"must hold a KL autoencoder .*got a LoRA \(1 tensors such"),
+        ({"x": torch.zeros(1)}, r"must hold a KL autoencoder .*got no known kind \(1 tensors such as x\)"),
         (
             {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)},
             "must hold a whole KL autoencoder, got no decoder",
         ),
         (
-            {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3), "bn.running_mean": torch.zeros(128)},
-            r"got a FLUX\.2 autoencoder; pass an SD, SDXL or FLUX\.1 VAE",
+            {
+                "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
+                "quantize.embedding.weight": torch.zeros(9, 2),
+            },
+            "must hold a KL autoencoder .*got a VQ autoencoder",
+        ),
+        (
+            {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3, 3)},
+            "must hold a KL autoencoder of images, got one of videos",
         ),
     ],
 )
@@ -217,7 +229,7 @@ def test_other_files_are_named(tensors: dict[str, Tensor], message: str, tmp_pat
 def test_unknown_setting_and_class_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be AutoencoderKL settings, got \['width'\]"):
         build_autoencoder({**TINY, "width": 3})
-    with pytest.raises(ConfigError, match="must be AutoencoderKL, got AutoencoderDC"):
+    with pytest.raises(ConfigError, match="must be AutoencoderKL or AutoencoderKLFlux2, got AutoencoderDC"):
         build_autoencoder({"_class_name": "AutoencoderDC"})
     with pytest.raises(ConfigError, match="settings of the VAE must fit AutoencoderKL, got"):
         build_autoencoder({**TINY, "norm_num_groups": 7})

@@ -65,6 +65,15 @@ def test_metadata_gives_statistics_or_a_known_name() -> None:
             read(latents_mean=text, latents_std="[1]")
 
 
+def test_a_known_space_is_found_by_its_name_whatever_its_cells_are() -> None:
+    flux2 = LATENT_SPECS["flux2"]
+    assert (flux2.grid, flux2.mean[0], flux2.std[0]) == ((128, 16, 2), 0.0, 1.0)
+    assert spec_from_statistics(flux2.mean, flux2.std, name="flux2") is flux2
+    other = spec_from_statistics(flux2.mean, flux2.std, downscale=8)
+    assert (other.name, other.grid) == ("custom", (128, 8, 1))
+    assert spec_from_statistics(flux2.mean[:8], flux2.std[:8], downscale=4, patch=2).grid == (8, 4, 2)
+
+
 def test_dtype_and_shape_are_kept() -> None:
     raw = torch.zeros(1, 16, 2, 3, dtype=torch.bfloat16)
     latents = LATENT_SPECS["flux1"].to_model(raw)

@@ -1,0 +1,153 @@
+"""Files of autoencoders: the network with its weights, and which latent space it has."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ..assets import resolve
+from ..errors import CheckpointError
+from ..weights.atomic import write_tensors
+from ..weights.checkpoint import read_tensors
+from ..weights.strict import assign_strict
+from .config import FLUX2_CLASS, checked_config, infer_config, latent_grid
+from .keys import find_prefix, to_diffusers
+from .latent_spec import (
+    LATENT_SPECS,
+    LatentGrid,
+    LatentSpec,
+    scaled_spec,
+    spec_from_metadata,
+    spec_from_statistics,
+)
+from .network import build_autoencoder
+
+FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What stands beside the autoencoder in a whole checkpoint, and the space that its diffusion model works in.
+_NEIGHBOURS = {
+    "conditioner.embedders.": "sdxl",
+    "cond_stage_model.": "sd15",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux1",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeFile:
+    """An autoencoder as its file has it.
+
+    spec: the latent space that the file states or that only fits; None = it may be any of `fitting`.
+    """
+
+    source: str
+    module: AutoencoderKL
+    spec: LatentSpec | None
+    fitting: tuple[str, ...]
+
+
+def read_vae(path_or_name: str | Path) -> VaeFile:
+    """Return the network of a file, a folder or a bundled name, its weights as stored.
+
+    Raises: CheckpointError or ConfigError, naming the file.
+    """
+    path = resolve(path_or_name)
+    tensors, metadata, stated = _read(path)
+    prefix = find_prefix(tensors, source=path.name)
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    state = to_diffusers({name: own[name] for name in own if name not in ("vae_mean", "vae_std")})
+    config = checked_config(stated, source=path.name) if stated else infer_config(state, source=path.name)
+    module = build_autoencoder(config, device="meta")
+    assign_strict(module, state, source=path.name, what=_class_of(config))
+    grid = latent_grid(module.config)
+    fitting = fitting_spaces(grid, tensors)
+    only = LATENT_SPECS[fitting[0]] if len(fitting) == 1 else None
+    spec = (
+        _tensor_spec(tensors, prefix)
+        or spec_from_metadata(metadata, source=path.name, downscale=grid.downscale, patch=grid.patch)
+        or _config_spec(config, grid)
+        or only
+    )
+    return VaeFile(source=path.name, module=module, spec=spec, fitting=fitting)
+
+
+def fitting_spaces(grid: LatentGrid, names: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the known spaces that an autoencoder in a file of these tensor names can have."""
+    for start, space in _NEIGHBOURS.items():
+        if LATENT_SPECS[space].grid == grid and any(name.startswith(start) for name in names):
+            return (space,)
+    return tuple(spec.name for spec in LATENT_SPECS.values() if spec.grid == grid)
+
+
+def save_autoencoder(
+    path: str | Path, module: AutoencoderKL, spec: LatentSpec, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write network, settings and latent space to one safetensors file, replacing an earlier one."""
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    own = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _class_of(config),
+        "flowcore.config": json.dumps(config),
+        "flowcore.latent_spec": spec.name,
+        "flowcore.latents_mean": json.dumps(list(spec.mean)),
+        "flowcore.latents_std": json.dumps(list(spec.std)),
+    }
+    write_tensors(path, module.state_dict(), {**(metadata or {}), **own})
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    """Return what diffusers calls the network of the settings."""
+    return FLUX2_CLASS if "batch_norm_eps" in config else "AutoencoderKL"
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """Return tensors, string metadata, and the settings that the file or the folder states ({} if none)."""
+    if not path.is_dir():
+        tensors, metadata = read_tensors(path)
+        return (
+            tensors,
+            metadata,
+            _json(metadata.get("flowcore.config", "{}"), f"flowcore.config in {path.name}"),
+        )
+    config = path / "config.json"
+    if not config.is_file() or not (path / FOLDER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"a VAE folder must hold config.json and {FOLDER_WEIGHTS}, got {path} without them"
+        )
+    tensors, metadata = read_tensors(path / FOLDER_WEIGHTS)
+    return tensors, metadata, _json(config.read_text(encoding="utf-8"), str(config))
+
+
+def _json(text: str, source: str) -> dict[str, Any]:
+    """Return the JSON object of a text."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as err:
+        raise CheckpointError(f"{source} must be a JSON object, got {err}") from err
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _tensor_spec(tensors: Mapping[str, Tensor], prefix: str) -> LatentSpec | None:
+    """Return the space stored as tensors: single-file EQ checkpoints hold `vae_mean` and `vae_std`."""
+    for start in ("", prefix):
+        if f"{start}vae_mean" in tensors and f"{start}vae_std" in tensors:
+            mean, std = (tensors[f"{start}vae_{part}"].float().flatten().tolist() for part in ("mean", "std"))
+            return spec_from_statistics(mean, std)
+    return None
+
+
+def _config_spec(config: Mapping[str, Any], grid: LatentGrid) -> LatentSpec | None:
+    """Return the space that the settings state, as the files of diffusers do."""
+    place = {"downscale": grid.downscale, "patch": grid.patch}
+    if config.get("latents_mean") and config.get("latents_std"):
+        return spec_from_statistics(config["latents_mean"], config["latents_std"], **place)
+    if "scaling_factor" not in config:
+        return None
+    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+    scaled = scaled_spec("custom", channels=grid.channels, scale=scale, shift=shift)
+    return spec_from_statistics(scaled.mean, scaled.std, **place)
