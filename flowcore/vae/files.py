@@ -143,11 +143,12 @@ def _tensor_spec(tensors: Mapping[str, Tensor], prefix: str) -> LatentSpec | Non
 
 def _config_spec(config: Mapping[str, Any], grid: LatentGrid) -> LatentSpec | None:
     """Return the space that the settings state, as the files of diffusers do."""
-    place = {"downscale": grid.downscale, "patch": grid.patch}
     if config.get("latents_mean") and config.get("latents_std"):
-        return spec_from_statistics(config["latents_mean"], config["latents_std"], **place)
-    if "scaling_factor" not in config:
+        mean, std = config["latents_mean"], config["latents_std"]
+    elif "scaling_factor" in config:
+        scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+        scaled = scaled_spec("custom", channels=grid.channels, scale=scale, shift=shift)
+        mean, std = scaled.mean, scaled.std
+    else:
         return None
-    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
-    scaled = scaled_spec("custom", channels=grid.channels, scale=scale, shift=shift)
-    return spec_from_statistics(scaled.mean, scaled.std, **place)
+    return spec_from_statistics(mean, std, downscale=grid.downscale, patch=grid.patch)

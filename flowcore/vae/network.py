@@ -18,7 +18,7 @@ from ..weights.placement import move
 from .config import FLUX2_EPS, FLUX2_PATCH, checked_config
 
 
-class Flux2Autoencoder(AutoencoderKL):
+class Flux2Autoencoder(AutoencoderKL):  # type: ignore[misc]  # untyped library
     """An AutoencoderKL whose posterior and latents are packed 2 x 2 and normalised by stored statistics.
 
     Packing and normalising a diagonal normal distribution gives another one: that is the posterior here.
@@ -60,10 +60,10 @@ class Flux2Autoencoder(AutoencoderKL):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation as `1 4c 1 1`, at least float32, on the latents' device."""
-        dtype = torch.promote_types(self.bn.running_var.dtype, torch.float32)
+        stored = (self.get_buffer(f"bn.running_{part}") for part in ("mean", "var"))
         mean, variance = (
-            part.to(like.device, dtype).view(1, -1, 1, 1)
-            for part in (self.bn.running_mean, self.bn.running_var)
+            part.to(like.device, torch.promote_types(part.dtype, torch.float32)).view(1, -1, 1, 1)
+            for part in stored
         )
         return mean, (variance + self.bn.eps).sqrt()
 

@@ -14,7 +14,14 @@ INSIDE = Path(__file__).with_name("inside")
 START_LIMIT = 0.15
 NAMES = [
     name
-    for file in ("gpu_checks.py", "architecture_checks.py", "flux_checks.py", "text_checks.py", "checks.py")
+    for file in (
+        "gpu_checks.py",
+        "architecture_checks.py",
+        "flux_checks.py",
+        "text_checks.py",
+        "vae_checks.py",
+        "checks.py",
+    )
     for name in re.findall(
         r"^def (\w+)\(context: Context\)", (INSIDE / file).read_text("utf-8"), re.MULTILINE
     )

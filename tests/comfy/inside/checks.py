@@ -17,6 +17,7 @@ from fake_gpu import BUDGETS
 from flux_checks import FLUX_CHECKS
 from gpu_checks import GPU_CHECKS
 from text_checks import TEXT_CHECKS
+from vae_checks import VAE_CHECKS
 
 
 def every_linear_layer_takes_lora(context: Context) -> None:
@@ -234,6 +235,7 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
     *ARCHITECTURE_CHECKS,
     *FLUX_CHECKS,
     *TEXT_CHECKS,
+    *VAE_CHECKS,
     every_linear_layer_takes_lora,
     lora_is_the_same_under_every_budget,
     vae_equals_plain_python,
