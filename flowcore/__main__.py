@@ -17,6 +17,7 @@ from .errors import FlowCoreError
 if TYPE_CHECKING:
     from .flow.steps import StepCallback, StepState
     from .settings import Settings
+    from .vae.tiling import TileCallback
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
 BATCH = 4
@@ -112,6 +113,12 @@ def picture_parser() -> Parser:
         metavar="NAME",
         help="auto (flash-attn where it is installed and fits), sdpa or flash (auto)",
     )
+    add(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of the tiles in which the autoencoder works, 0 = none (512 for large pictures)",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -171,8 +178,10 @@ def picture(options: argparse.Namespace) -> int:
         text_mode=options.text_mode,
         device=options.device,
         dtype=options.dtype,
+        tile=options.tile,
         attention=options.attention,
     )
+    pipeline.vae.on_tile = None if options.quiet else tile_progress()
     unknown = pipeline.text_encoder.unknown_words(options.prompt)
     if unknown:
         print(f"note: the text encoder does not know {', '.join(unknown)}", file=sys.stderr)
@@ -234,6 +243,22 @@ def progress(num_steps: int, what: str, is_quiet: bool) -> "Iterator[StepCallbac
             bar.update(state.step + 1 - bar.n)
 
         yield step
+
+
+def tile_progress() -> "TileCallback":
+    """Return the callback that shows a bar on stderr for each picture in tiles."""
+    from tqdm import tqdm
+
+    bars: list[tqdm[NoReturn]] = []
+
+    def done(number: int, total: int) -> None:
+        if number == 1:
+            bars.append(tqdm(total=total, desc="autoencoder", unit="tile", file=sys.stderr))
+        bars[-1].update()
+        if number == total:
+            bars.pop().close()
+
+    return done
 
 
 def inspect(options: argparse.Namespace) -> int:

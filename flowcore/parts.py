@@ -11,6 +11,7 @@ from .text.encoder import TextMode
 from .text.hub import PREFIX
 from .vae.autoencoder import Autoencoder, load_vae
 from .vae.latent_spec import spec_from_metadata
+from .vae.tiling import Tiling
 from .weights.checkpoint import LoadedModel
 
 Source: TypeAlias = str | Path
@@ -44,14 +45,17 @@ def text_sources(
     return several[0] if len(several) == 1 else several
 
 
-def load_model_vae(source: str, model: LoadedModel, name: str, device: torch.device) -> Autoencoder:
+def load_model_vae(
+    source: str, model: LoadedModel, name: str, device: torch.device, tiling: Tiling
+) -> Autoencoder:
     """Return the autoencoder, in the latent space of the model.
 
     What the model's file states goes before what the autoencoder's states; the architecture's comes last.
     """
     stated = spec_from_metadata(model.metadata, source=name)
-    vae = load_vae(source, spec=stated or model.architecture.latent_spec, device=device)
-    return vae if stated is None else Autoencoder(vae.module, stated)
+    spec = stated or model.architecture.latent_spec
+    vae = load_vae(source, spec=spec, device=device, tiling=tiling)
+    return vae if stated is None else Autoencoder(vae.module, stated, tiling=tiling)
 
 
 _TEXT_MODES: dict[str, TextMode] = {"sequence": "sequence", "pooled": "pooled"}

@@ -26,6 +26,7 @@ from .settings import Settings
 from .text.encoder import TextEncoder, TextMode
 from .text.loading import load_text_encoder
 from .vae.autoencoder import Autoencoder
+from .vae.tiling import Tiling, tiling_of
 from .weights.checkpoint import LoadedModel, load_model
 
 __all__ = ["Pipeline", "Settings", "draw_noise", "generate", "step_noise"]
@@ -72,6 +73,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
+        tile: int | None = None,
     ) -> "Pipeline":
         """Return the pipeline of files or bundled names.
 
@@ -83,6 +85,8 @@ class Pipeline:
             device: "auto" takes CUDA or MPS where there is one.
             dtype: of the diffusion model; "auto" is float32 on the CPU and bfloat16 elsewhere.
             attention: "auto" takes flash-attn where it is installed and fits; else "sdpa" or "flash".
+            tile: pixels a side of the tiles in which the autoencoder works on larger pictures, 0 = no tiles;
+                None = tiles for large pictures alone.
 
         Raises: CheckpointError or ConfigError, naming the file or the argument.
         """
@@ -97,7 +101,7 @@ class Pipeline:
         return cls(
             model=loaded,
             text_encoder=load_text_encoder(texts, shape=shape, device=place),
-            vae=load_model_vae(autoencoder, loaded, path.name, place),
+            vae=load_model_vae(autoencoder, loaded, path.name, place, tiling_of(tile)),
             text_mode=text_mode_of(text_mode or loaded.metadata.get("flowcore.text_mode", "sequence")),
             attention=attention,
             sources={"model": str(model), "vae": autoencoder, "text_encoder": texts},
@@ -277,6 +281,7 @@ class Pipeline:
             "flowcore": __version__,
             **self.sources,
             "text_mode": self.text_mode,
+            "tile": None if self.vae.tiling == Tiling() else self.vae.tiling.side,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "attention": self.attention,

@@ -41,6 +41,11 @@ class Tiling:
         return self.side // downscale if is_cut else None
 
 
+def tiling_of(side: int | None) -> Tiling:
+    """Return tiles of that side for every picture that is larger; None = for large pictures alone."""
+    return Tiling() if side is None else Tiling(side=side, above=0)
+
+
 def in_tiles(
     function: Callable[[Tensor], Tensor],
     whole: Tensor,

@@ -294,8 +294,34 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("--model", "--out", "--seed", "--steps", "--cfg", "--width", "--height", "--solver"):
         assert option in text
-    for option in ("--init", "--strength", "--mask", "--count", "--device", "--dtype", "--negative"):
+    for option in (
+        "--init",
+        "--strength",
+        "--mask",
+        "--count",
+        "--device",
+        "--dtype",
+        "--negative",
+        "--tile",
+    ):
         assert option in text
+
+
+def test_a_picture_in_tiles_shows_their_bar_and_says_so(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    options = ["--steps", 1, "--width", 192, "--height", 64, "--device", "cpu"]
+    assert cli(PROMPT, "--model", parts / tiny.MODEL, "--out", out, *options) == 0
+    assert "tile" not in flowcore.read_settings(out)
+    whole = pixels(out)
+    assert "autoencoder" not in capsys.readouterr().err
+    assert cli(PROMPT, "--model", parts / tiny.MODEL, "--out", out, *options, "--tile", 128) == 0
+    assert flowcore.read_settings(out)["tile"] == 128
+    assert pixels(out) != whole
+    assert "autoencoder: 100%" in capsys.readouterr().err
+    assert cli(PROMPT, "--model", parts / tiny.MODEL, "--out", out, *options, "--tile", 100) == 2
+    assert "the side of a tile must be 0 or a multiple of 64" in capsys.readouterr().err
 
 
 def test_without_a_prompt_the_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
