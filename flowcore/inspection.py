@@ -11,6 +11,9 @@ from .assets import resolve
 from .errors import CheckpointError, ConfigError
 from .images import read_settings
 from .models import Architecture, detect, find_layout
+from .vae.config import infer_config, latent_grid
+from .vae.keys import to_diffusers
+from .vae.latent_spec import fitting_spaces, spec_from_metadata
 from .weights.atomic import write_tensors
 from .weights.checkpoint import build_model, read_tensors
 
@@ -78,6 +81,8 @@ def _describe_kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
         part = _part(tensors.keys())
         if part is None:
             raise CheckpointError(f"{path}: {err}") from err
+        if part == "vae":
+            return {"kind": part, "latent_spaces": _latent_spaces(tensors, metadata, path.name)}
         return {"kind": part}
     bare = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
     found = find_layout(architecture, bare.keys())
@@ -97,6 +102,14 @@ def _part(keys: Collection[str]) -> str | None:
     if any(key.endswith("embed_tokens.weight") for key in keys):
         return "text encoder"
     return "lora" if any(".lora_" in key for key in keys) else None
+
+
+def _latent_spaces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> list[str]:
+    """Return the space that an autoencoder's file states, else all that its tensors fit."""
+    stated = spec_from_metadata(metadata, source=source)
+    if stated is not None:
+        return [stated.name]
+    return list(fitting_spaces(latent_grid(infer_config(to_diffusers(tensors), source=source)), tensors))
 
 
 def _readable(value: str) -> Any:  # noqa: ANN401 - whatever JSON the metadata holds

@@ -1,7 +1,7 @@
 """Files of autoencoders: the network with its weights, and which latent space it has."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .latent_spec import (
     LATENT_SPECS,
     LatentGrid,
     LatentSpec,
+    fitting_spaces,
     scaled_spec,
     spec_from_metadata,
     spec_from_statistics,
@@ -27,13 +28,6 @@ from .latent_spec import (
 from .network import build_autoencoder
 
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What stands beside the autoencoder in a whole checkpoint, and the space that its diffusion model works in.
-_NEIGHBOURS = {
-    "conditioner.embedders.": "sdxl",
-    "cond_stage_model.": "sd15",
-    "model.diffusion_model.joint_blocks.": "sd3",
-    "model.diffusion_model.double_blocks.": "flux1",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +66,6 @@ def read_vae(path_or_name: str | Path) -> VaeFile:
         or only
     )
     return VaeFile(source=path.name, module=module, spec=spec, fitting=fitting)
-
-
-def fitting_spaces(grid: LatentGrid, names: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the known spaces that an autoencoder in a file of these tensor names can have."""
-    for start, space in _NEIGHBOURS.items():
-        if LATENT_SPECS[space].grid == grid and any(name.startswith(start) for name in names):
-            return (space,)
-    return tuple(spec.name for spec in LATENT_SPECS.values() if spec.grid == grid)
 
 
 def save_autoencoder(

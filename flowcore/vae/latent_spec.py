@@ -4,7 +4,7 @@ Raw latents are what an autoencoder's encoder puts out; model-space latents are 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,6 +118,23 @@ LATENT_SPECS: dict[str, LatentSpec] = {
         scaled_spec("flux2", channels=128, scale=1.0, downscale=16, patch=2),
     )
 }
+
+
+# What stands beside the autoencoder in a whole checkpoint, and the space that its diffusion model works in.
+_NEIGHBOURS = {
+    "conditioner.embedders.": "sdxl",
+    "cond_stage_model.": "sd15",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux1",
+}
+
+
+def fitting_spaces(grid: LatentGrid, names: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the known spaces that an autoencoder in a file of these tensor names can have."""
+    for start, space in _NEIGHBOURS.items():
+        if LATENT_SPECS[space].grid == grid and any(name.startswith(start) for name in names):
+            return (space,)
+    return tuple(spec.name for spec in LATENT_SPECS.values() if spec.grid == grid)
 
 
 def spec_from_statistics(

@@ -12,9 +12,8 @@ from torch.testing import assert_close
 from flowcore.errors import CheckpointError, ConfigError, ShapeError
 from flowcore.vae.autoencoder import Autoencoder, build_autoencoder, load_vae, save_autoencoder
 from flowcore.vae.config import infer_config, latent_grid
-from flowcore.vae.files import fitting_spaces
 from flowcore.vae.keys import to_diffusers
-from flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, scaled_spec
+from flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, fitting_spaces, scaled_spec
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "vae"
 # The reference computes the same sums in another order.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flowcore.errors import CheckpointError, ConfigError
+from flowcore.inspection import describe_file
 from flowcore.models import flux
 from flowcore.vae.autoencoder import Autoencoder, build_autoencoder, load_vae, save_autoencoder
 from flowcore.vae.files import read_vae
@@ -112,6 +113,8 @@ def test_a_file_alone_fits_several_spaces_or_one(tmp_path: Path) -> None:
         found = read_vae(tmp_path / f"{kind}.safetensors")
         assert found.fitting == spaces
         assert found.spec is (LATENT_SPECS["flux2"] if kind == "flux2" else None)
+        described = describe_file(tmp_path / f"{kind}.safetensors")
+        assert (described["kind"], described["latent_spaces"]) == ("vae", list(spaces))
 
 
 def test_what_training_left_beside_is_not_read(tmp_path: Path) -> None:
