@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..flowcore.errors import ConfigError
 from .schema import schema
 
-LATENT_SPACES = ("auto", "sd15", "sdxl", "eq-sdxl", "sd3", "flux1")
+LATENT_SPACES = ("auto", "sd15", "sdxl", "eq-sdxl", "sd3", "flux1", "flux2")
 
 
 class EmptyLatent(io.ComfyNode):

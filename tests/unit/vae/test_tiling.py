@@ -182,7 +182,7 @@ def peak(tile, side):
         result = vae.decode(latents) if sys.argv[1] == "decode" else vae.encode(images)
     return (kibibytes("VmHWM") - before) / 1024
 
-print(peak(128, 512), peak(128, 1024), peak(0, 512))
+print(peak(128, 512), peak(128, 768), peak(0, 512))
 """
 
 
@@ -190,11 +190,11 @@ print(peak(128, 512), peak(128, 1024), peak(0, 512))
 @pytest.mark.parametrize("what", ["decode", "encode"])
 def test_memory_is_that_of_a_tile_and_the_result(what: str) -> None:
     """Mebibytes by which the process grows at most."""
-    result = run_python("-c", MEASURE, what, OMP_NUM_THREADS="1")
+    result = run_python("-c", MEASURE, what, timeout=900, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     tiled, larger, whole = map(float, result.stdout.split())
     image = 3 * 4 * 512**2 / 2**20 if what == "decode" else 0
     assert whole > 50, (tiled, larger, whole)
     assert tiled - image < whole / 4, (tiled, larger, whole)
-    # Four times the pixels: the result grows, the work does not.
-    assert larger - tiled < 3 * image + 8, (tiled, larger, whole)
+    # More than twice the pixels: the result grows, the work does not.
+    assert larger - tiled < 1.25 * image + 8, (tiled, larger, whole)
