@@ -23,7 +23,7 @@ NAMES = [
         "checks.py",
     )
     for name in re.findall(
-        r"^def (\w+)\(context: Context\)", (INSIDE / file).read_text("utf-8"), re.MULTILINE
+        r"^def (\w+)\(context: Context\) -> None", (INSIDE / file).read_text("utf-8"), re.MULTILINE
     )
 ]
 

@@ -42,16 +42,16 @@ def write(context: Context, kind: str) -> Path:
 
 
 def loaded(context: Context) -> Iterator[tuple[str, Any, Any]]:
-    """Every kind, as the loader node gives it and in plain Python."""
+    """Every kind, as the loader node gives it and in plain Python; for inference mode, in which nodes run."""
     node = context.part("nodes.loaders").LoadVAE
     for kind in VAES:
         path = write(context, kind)
         plain = context.part("flowcore.vae.autoencoder").load_vae(path, spec=kind)
-        with torch.inference_mode():
-            yield kind, node.execute(vae_name=path.name).args[0], plain
+        yield kind, node.execute(vae_name=path.name).args[0], plain
         path.unlink()
 
 
+@torch.inference_mode()
 def every_kind_of_vae_serves_the_stock_nodes(context: Context) -> None:
     for kind, vae, plain in loaded(context):
         _, channels, cell = VAES[kind]
@@ -70,6 +70,7 @@ def every_kind_of_vae_serves_the_stock_nodes(context: Context) -> None:
         assert vae.spacial_compression_decode() == vae.spacial_compression_encode() == cell
 
 
+@torch.inference_mode()
 def every_kind_of_vae_serves_the_stock_nodes_in_tiles(context: Context) -> None:
     for kind, vae, _ in loaded(context):
         _, channels, cell = VAES[kind]
@@ -83,6 +84,7 @@ def every_kind_of_vae_serves_the_stock_nodes_in_tiles(context: Context) -> None:
         assert not torch.equal(whole, decoded)
 
 
+@torch.inference_mode()
 def vaes_that_comfyui_knows_equal_its_own(context: Context) -> None:
     """FLUX.2 is among them in later versions; 0.3.64 takes its file for one of videos."""
     for kind, vae, _ in loaded(context):
