@@ -186,6 +186,7 @@ print(peak(128, 512), peak(128, 768), peak(0, 512))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("what", ["decode", "encode"])
 def test_memory_is_that_of_a_tile_and_the_result(what: str) -> None:
