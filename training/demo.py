@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent / "configs"
 ARCHITECTURES = tuple(sorted(p.stem.removesuffix("_demo") for p in CONFIGS.glob("*_demo.yaml")))
 TRAIN_COUNT, HELD_OUT_COUNT = 8000, 256
 SHORT_MINUTES = 30
-"""Runs below this draw half of the scenes: they see each a few times only."""
+"""Shorter runs draw half of the scenes, and their models learn from those with one object alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +48,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     from training import demo_parts
 
     make = getattr(demo_parts, f"make_{arguments.part}")
-    done = make(demo_parts.Request(out, arguments.arch, arguments.minutes, tuple(arguments.set)), stop)
-    return DONE if done else STOPPED
+    request = demo_parts.Request(
+        out, arguments.arch, arguments.minutes, tuple(arguments.set), is_short=is_short
+    )
+    return DONE if make(request, stop) else STOPPED
 
 
 def write_scenes(folder: Path, train_count: int) -> None:

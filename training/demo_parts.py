@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -34,12 +35,13 @@ TIMED_STEPS = 12
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asked for."""
+    """What the command line asked for; a short run of a model learns from single objects alone."""
 
     out: Path
     arch: str
     minutes: float | None
     assignments: tuple[str, ...]
+    is_short: bool = False
 
     def part_config(self, name: str) -> PartConfig:
         """Configuration of a part's run, its paths below `out`."""
@@ -224,17 +226,15 @@ def make_model(request: Request, stop: StopFlag) -> bool:
     from training.assemble import build_objective, prepare, save_weights, write_final
     from training.scenes import captions_held_out
 
-    paths = [
-        f"datasets.{i}.path={request.out / 'scenes' / folder}" for i, folder in enumerate(("one", "two"))
-    ]
+    folders = ("one",) if request.is_short else ("one", "two")
+    datasets = [{"path": str(request.out / "scenes" / folder)} for folder in folders]
     parts = [
         f"encoders.{part}={_part(request.out, name)}"
         for part, name in (("vae", VAE_NAME), ("text", TEXT_NAME))
     ]
     places = [f"output.dir={request.out}", f"cache.dir={request.out / 'cache'}"]
-    config = load_config(
-        RunConfig, CONFIGS / f"{request.arch}_demo.yaml", [*places, *paths, *parts, *request.assignments]
-    )
+    assignments = [*places, f"datasets={json.dumps(datasets)}", *parts, *request.assignments]
+    config = load_config(RunConfig, CONFIGS / f"{request.arch}_demo.yaml", assignments)
     prompts = tuple(captions_held_out(48, 11, "one") + captions_held_out(16, 12, "two"))
     sampling = config.sampling.model_copy(update={"prompts": prompts})
     prepared = prepare(config.model_copy(update={"sampling": sampling}))
