@@ -137,7 +137,7 @@ def _add_sampling(add: Callable[..., argparse.Action]) -> None:
         help="euler, heun, midpoint, rk4, dpmpp_2m, ddim, ... (euler)",
     )
     add("--shift", type=float, default=1.0, metavar="X", help="above 1: more steps at high noise (1)")
-    add("--cfg", type=float, default=3.0, metavar="X", help="guidance scale, 1 = none (3)")
+    add("--cfg", type=float, default=2.0, metavar="X", help="guidance scale, 1 = none (2)")
     add(
         "--cfg-rescale",
         type=float,

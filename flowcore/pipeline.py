@@ -306,7 +306,7 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
     width: int | None = None,
     height: int | None = None,
     num_steps: int = 20,
-    cfg_scale: float = 3.0,
+    cfg_scale: float = 2.0,
     seed: int = 0,
     solver: str = "euler",
     shift: float = 1.0,

@@ -26,7 +26,7 @@ class Settings:
     width: int | None = None
     height: int | None = None
     num_steps: int = 20
-    cfg_scale: float = 3.0
+    cfg_scale: float = 2.0
     cfg_rescale: float = 0.0
     cfg_zero: bool = False
     cfg_interval: tuple[float, float] = (0.0, 1.0)

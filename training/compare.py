@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--objects", choices=tuple(KINDS), default="mixed", help="objects in a caption (default: mixed)"
     )
     made.add_argument("--steps", type=int, default=20, help="Euler steps (default: 20)")
-    made.add_argument("--cfg", type=float, default=3.0, help="guidance scale (default: 3)")
+    made.add_argument("--cfg", type=float, default=2.0, help="guidance scale (default: 2)")
     made.add_argument(
         "--vae", metavar="NAME", help="judge true pictures after this autoencoder instead (scenes-vae)"
     )

@@ -226,7 +226,7 @@ class Sampling(Strict):
     every_steps: int = Field(0, ge=0)
     prompts: tuple[str, ...] = ()
     steps: int = Field(20, ge=1)
-    cfg: float = Field(3.0, ge=0)
+    cfg: float = Field(2.0, ge=0)
     seed: int = Field(0, ge=0)
     size: tuple[int, int] | None = None
 
