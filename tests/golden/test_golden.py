@@ -46,12 +46,17 @@ def test_altering_any_output_fails(file: Path, tmp_path: Path) -> None:
 
 
 def alter(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its largest element changed by a thousandth of itself, in half precision by more."""
+    """The tensor with its largest element changed by a thousandth of itself, or by one if it is whole."""
     changed = tensor.clone()
     flat = changed.view(-1)
     index = flat.double().abs().nan_to_num(posinf=0).argmax()
     factor = 1.01 if tensor.dtype == torch.float16 else 1.001  # a unit in the last place is allowed there
-    flat[index] = ~flat[index] if tensor.dtype == torch.bool else flat[index] * factor + (flat[index] == 0)
+    if tensor.dtype == torch.bool:
+        flat[index] = ~flat[index]
+    elif tensor.is_floating_point():
+        flat[index] = flat[index] * factor + (flat[index] == 0)
+    else:
+        flat[index] += 1
     return changed
 
 

@@ -198,7 +198,10 @@ def test_an_unknown_key_is_named_before_what_it_leaves_out(tmp_path: Path) -> No
             "train.timesteps.law must be 'logit_normal' or 'uniform'",
         ),
         ({"train": {"timesteps": {"shift": 0}}}, "train.timesteps.shift must be greater than 0, got 0"),
-        ({"model": {"arch": "flux9"}}, "model.arch must be 'xut', got 'flux9'"),
+        (
+            {"model": {"arch": "flux9"}},
+            "model.arch must be 'xut', 'flux', 'tinyflux' or 'single_stream', got 'flux9'",
+        ),
         ({"datasets": []}, "datasets"),
         ({"datasets": {"path": "x"}}, "datasets must be a list"),
         ({"datasets": [{"repeats": 2}]}, "datasets.0.path must be given"),
