@@ -8,16 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from .assets import resolve
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, FlowCoreError
 from .images import read_settings
-from .models import Architecture, detect, find_layout
+from .models import Architecture
 from .vae.config import infer_config, latent_grid
 from .vae.keys import to_diffusers
 from .vae.latent_spec import fitting_spaces, spec_from_metadata
 from .weights.atomic import write_tensors
-from .weights.checkpoint import build_model, read_tensors
+from .weights.checkpoint import build_model, needed_shapes, read_tensors
+from .weights.lora import describe_lora
+from .weights.recognition import Recognised, is_adapter, recognise
+from .weights.strict import compare
 
 BARE = "bare"
+FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def describe_file(path_or_name: str | Path) -> dict[str, Any]:
@@ -43,7 +47,8 @@ def convert_file(source: str | Path, target: str | Path, layout: str) -> str:
     """Write a model's tensors under the names of a layout; return one line on what was written.
 
     layout: "bare" for the architecture's own names, one of its prefixes, such as "diffusion_model", or one of
-        its layouts that can be written, such as "diffusers".
+        its layouts that can be written, such as "diffusers"; that one makes a folder with a config.json of a
+        target without ending.
     Raises: CheckpointError if the source is no model; ConfigError for an unknown layout, with the known ones.
     """
     path = resolve(source)
@@ -52,19 +57,27 @@ def convert_file(source: str | Path, target: str | Path, layout: str) -> str:
     tensors, metadata = read_tensors(path)
     loaded = build_model(tensors, metadata, source=path.name)
     prefixes = layouts_of(loaded.architecture)
-    exports = {found.name: found.export for found in loaded.architecture.layouts if found.export is not None}
+    exports = {found.name: found for found in loaded.architecture.layouts if found.export is not None}
     if layout not in prefixes and layout not in exports:
         raise ConfigError(f"the layout must be one of {', '.join((*prefixes, *exports))}, got {layout!r}")
     state = loaded.model.state_dict()
-    if layout in exports:
-        state = exports[layout](state, loaded.config)
-    else:
+    file = Path(target).expanduser()
+    if layout in prefixes:
         state = {prefixes[layout] + key: tensor for key, tensor in state.items()}
+    else:
+        chosen = exports[layout]
+        assert chosen.export is not None  # as it is among the exports
+        state = chosen.export(state, loaded.config)
+        if chosen.folder_settings is not None and not file.suffix:
+            settings = json.dumps(chosen.folder_settings(loaded.config), indent=2) + "\n"
+            file.mkdir(parents=True, exist_ok=True)
+            (file / "config.json").write_text(settings, encoding="utf-8")
+            file = file / FOLDER_WEIGHTS
     stated = {
         "flowcore.arch": loaded.architecture.name,
         "flowcore.config": json.dumps(loaded.config.to_dict()),
     }
-    write_tensors(target, state, {**loaded.metadata, **stated})
+    write_tensors(file, state, {**loaded.metadata, **stated})
     return f"{target}: {loaded.architecture.name}, {len(state)} tensors, layout {layout}"
 
 
@@ -74,24 +87,42 @@ def layouts_of(architecture: Architecture) -> dict[str, str]:
 
 
 def _describe_kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """Return kind, architecture, layout and configuration."""
+    """Return the kind of the file, and what there is to say of that kind."""
     try:
-        architecture, prefix = detect(tensors.keys())
+        found = recognise(tensors, metadata)
     except CheckpointError as err:
         part = _part(tensors.keys())
         if part is None:
             raise CheckpointError(f"{path}: {err}") from err
         if part == "vae":
             return {"kind": part, "latent_spaces": _latent_spaces(tensors, metadata, path.name)}
-        return {"kind": part}
-    bare = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-    found = find_layout(architecture, bare.keys())
-    state = found.convert(bare) if found else bare
+        return {"kind": part, **(describe_lora(tensors) if part == "lora" else {})}
     return {
         "kind": "model",
-        "architecture": architecture.name,
-        "layout": found.name if found else prefix.rstrip(".") or BARE,
-        "config": architecture.infer_config(state, metadata).to_dict(),
+        "architecture": found.architecture.name,
+        "version": found.version or None,
+        "layout": found.layout.name if found.layout else BARE,
+        "prefix": found.prefix,
+        "others": len(found.others),
+        **_describe_model(found),
+    }
+
+
+def _describe_model(found: Recognised) -> dict[str, Any]:
+    """Return a model's sizes, and which of its tensors are missing, too many, or of another shape."""
+    architecture = found.architecture
+    try:
+        config = architecture.infer_config(found.state, found.metadata)
+    except FlowCoreError as err:  # the file is what it is: say so, and what stands in the way
+        return {"config": None, "problem": str(err)}
+    needed = needed_shapes(architecture.model(config, device="meta"), found.state)
+    differences = compare(needed, found.state)
+    return {
+        "config": config.to_dict(),
+        "presets": [name for name, preset in architecture.presets.items() if preset == config],
+        "missing": differences.missing,
+        "unexpected": differences.unexpected,
+        "wrong_shape": differences.misshapen,
     }
 
 
@@ -101,7 +132,7 @@ def _part(keys: Collection[str]) -> str | None:
         return "vae"
     if any(key.endswith("embed_tokens.weight") for key in keys):
         return "text encoder"
-    return "lora" if any(".lora_" in key for key in keys) else None
+    return "lora" if is_adapter(keys) else None
 
 
 def _latent_spaces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..conditioning import Conditioning, TextShape, zeroed
 from ..errors import CheckpointError
 from . import exo, flux, single_stream, tinyflux, xut
-from .flux.layouts import from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
+from .flux.layouts import diffusers_config, from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
 from .flux.lora import diffusers_names, lora_names
 from .tinyflux import layouts as tinyflux_layouts
 from .tinyflux.lora import native_to_standard
@@ -39,6 +39,11 @@ def unchanged(conditioning: Conditioning) -> Conditioning:
     return conditioning
 
 
+def only_version(keys: Collection[str]) -> str:  # noqa: ARG001 - as `Architecture.version`
+    """Return no version: there is one alone."""
+    return ""
+
+
 class ModelConfig(Protocol):
     """What every architecture's configuration offers besides its fields."""
 
@@ -51,6 +56,7 @@ class Layout:
     """A foreign naming of an architecture's tensors; settings are configuration fields that it implies.
 
     export: (tensors by the original names, configuration) -> tensors in this layout; None = only read.
+    folder_settings: configuration -> the config.json of a folder in this layout; None = it has no folders.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Layout:
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     export: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None = None
+    folder_settings: Callable[[Any], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +88,7 @@ class Architecture:
         latent_spec: name of the latent space where a file states none.
         fresh: further arguments of `model` for weights that are to be trained from scratch.
         prefixes: what files put before the bare names.
+        version: bare names as in a file -> version of the architecture, "" where there is one alone.
         layouts: foreign namings that are converted on loading.
         lora_names: every foreign name by which LoRA files call a layer.
         diffusers_names: those of them that LoRA files in the layout of diffusers have.
@@ -101,6 +109,7 @@ class Architecture:
     prefixes: tuple[str, ...]
     null_text: Callable[[Conditioning], Conditioning] = unchanged
     fresh: Mapping[str, Any] = field(default_factory=dict)
+    version: Callable[[Collection[str]], str] = only_version
     layouts: tuple[Layout, ...] = ()
     lora_names: NameLayers = no_names
     diffusers_names: NameLayers = no_names
@@ -158,7 +167,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         prefixes=_PREFIXES,
         layouts=(
             Layout(name="scaled_fp8", is_match=is_scaled, convert=from_scaled),
-            Layout(name="diffusers", is_match=is_diffusers, convert=from_diffusers, export=to_diffusers),
+            Layout(
+                name="diffusers",
+                is_match=is_diffusers,
+                convert=from_diffusers,
+                export=to_diffusers,
+                folder_settings=diffusers_config,
+            ),
         ),
         lora_names=lora_names,
         diffusers_names=diffusers_names,
@@ -182,6 +197,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
         prefixes=_PREFIXES,
+        version=tinyflux_layouts.version,
         layouts=(
             Layout(
                 name="v3",
@@ -212,6 +228,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         size_extras=lambda config, width, height: {},  # noqa: ARG005 - the model reads the size off the latents
         latent_spec="flux1-unshifted",
         prefixes=_PREFIXES,
+        version=single_stream.version,
     ),
     # Its context holds token ids, a number for each token; files without a trunk name one, which weights.exo
     # attaches.

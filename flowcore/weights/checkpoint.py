@@ -14,16 +14,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FlowCoreError
-from ..models import Architecture, ModelConfig, detect, find_architecture, find_layout
+from ..models import Architecture, ModelConfig, find_architecture
 from ..ops import TORCH_OPS, Ops
 from .atomic import write_tensors
+from .recognition import recognise
 from .strict import check_strict
 
 METADATA_TENSOR = "flowcore_metadata"
 """Last part of the name of a uint8 tensor that holds metadata as JSON, for hosts that drop a file's own."""
 
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin")
-_CONTAINERS = ("ema_state_dict", "model_state_dict", "state_dict", "model", "module", "ema")
+_CONTAINERS = ("ema_state_dict", "model_state_dict", "state_dict", "model", "module", "ema", "shadow")
+_INDEX = ".safetensors.index.json"
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "weights", "checkpoint")
+"""Names of a folder's main weights, the first that is there."""
+_SETTINGS = ("config.json", "model_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +45,9 @@ class LoadedModel:
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and string metadata of a weight file, on the CPU.
 
-    Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, a
-    folder with one or with an index of several, or a torch file (.pt, .pth, .ckpt, .bin), of which only the
-    tensors in plain containers are read; no code is run.
+    Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, the
+    index of several, a torch file (.pt, .pth, .ckpt, .bin), of which only the tensors in plain containers are
+    read (no code is run), or a folder with one of these, whose config.json becomes metadata.
     Raises: CheckpointError that names the file, and the tensor where it is one.
     """
     contents = _read(Path(path))
@@ -63,9 +68,6 @@ def load_model(
     Raises: CheckpointError that names the file, what is wrong, and the first five keys concerned.
     """
     contents = _read(Path(path))
-    settings = Path(path) / "config.json"
-    if "flowcore.config" not in contents.metadata and settings.is_file():
-        contents.metadata["flowcore.config"] = settings.read_text(encoding="utf-8")
     try:
         return build_model(
             contents.tensors,
@@ -98,37 +100,38 @@ def build_model(
     the memory of each can be returned at once; the default converts the tensors given.
     Raises: as `load_model`.
     """
-    architecture, prefix = detect(tensors.keys())
-    state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    layout = find_layout(architecture, state.keys())
-    if layout is not None:
-        state, reread = layout.convert(state), None
-        stored = json.loads(metadata.get("flowcore.config", "{}"))
-        metadata = {**metadata, "flowcore.config": json.dumps({**stored, **layout.settings})}
-    config = architecture.infer_config(state, metadata)
+    found = recognise(tensors, metadata)
+    architecture, state = found.architecture, found.state
+    config = architecture.infer_config(state, found.metadata)
     model = architecture.model(config, ops=ops, device="meta", dtype=dtype)
-    built = model.state_dict()
-    buffers = {name for name, _ in model.named_buffers()}
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in built.items()
-        if name in state or name not in buffers  # a model derives a buffer that a file lacks
-    }
+    expected = needed_shapes(model, state)
     check_strict(expected, state, source=source, what=f"{architecture.name} model")
     _check_floating(expected, state, source)
+    built = model.state_dict()
     for name, tensor in state.items():
         target = tensor.dtype if dtype is None else built[name].dtype
-        converted = tensor if target == tensor.dtype or reread is None else reread(prefix + name)
+        may_reread = reread is not None and found.layout is None and target != tensor.dtype
+        converted = reread(found.prefix + name) if reread and may_reread else tensor
         state[name] = converted.to(device, target)
     model.load_state_dict(state, strict=True, assign=True)
     model.to(device).eval()
-    ignored = len(tensors) - len(state)
-    report = f"{source}: {architecture.name}, {len(state)} tensors" + (
-        f", {ignored} others" if ignored else ""
-    )
     return LoadedModel(
-        model=model, architecture=architecture, config=config, metadata=dict(metadata), report=report
+        model=model,
+        architecture=architecture,
+        config=config,
+        metadata=found.metadata,
+        report=f"{source}: {found.describe()}",
     )
+
+
+def needed_shapes(model: nn.Module, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors, but for buffers that the names lack: it derives them."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name in names or name not in buffers
+    }
 
 
 def _check_floating(names: Collection[str], state: Mapping[str, Tensor], source: str) -> None:
@@ -189,6 +192,8 @@ def _read(path: Path) -> _Contents:
         contents = _read_folder(path)
     elif not path.is_file():
         raise CheckpointError(f"{path} must be a weight file or a folder with one, got nothing there")
+    elif path.name.endswith(_INDEX):
+        contents = _read_shards(path)
     elif path.suffix in _PICKLED:
         contents = _Contents(tensors=_read_pickled(path), metadata={})
     else:
@@ -231,17 +236,27 @@ def _fault(path: Path, err: Exception) -> str:
 
 
 def _read_folder(path: Path) -> _Contents:
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        return _read_shards(indices[0])
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        inner = sorted(folder.parent.name for folder in path.glob("*/*.safetensors"))
-        hint = f"; name one of its folders {', '.join(inner)}" if inner else ""
-        raise CheckpointError(
-            f"{path} must hold one safetensors file or an index of several, got {len(files)} files{hint}"
-        )
-    return _read_safetensors(files[0])
+    indices = sorted(path.glob(f"*{_INDEX}"))
+    contents = _read_shards(indices[0]) if indices else _read(_main_file(path))
+    settings = next((path / name for name in _SETTINGS if (path / name).is_file()), None)
+    if settings is not None and "flowcore.config" not in contents.metadata:
+        contents.metadata["flowcore.config"] = settings.read_text(encoding="utf-8")
+    return contents
+
+
+def _main_file(path: Path) -> Path:
+    """Return a folder's weights: safetensors before torch files, one with a usual name before others."""
+    for suffixes in ((".safetensors",), _PICKLED):
+        files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+        usual = [file for stem in _STEMS for file in files if file.stem == stem]
+        if usual or len(files) == 1:
+            return (usual or files)[0]
+        if files:
+            names = ", ".join(file.name for file in files[:5])
+            raise CheckpointError(f"{path} must hold one file of weights, got {names}; name one of them")
+    inner = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
+    hint = f"; name one of its folders {', '.join(inner)}" if inner else ""
+    raise CheckpointError(f"{path} must hold a file of weights, got none{hint}")
 
 
 def _read_shards(index: Path) -> _Contents:

@@ -6,7 +6,8 @@ form it is written; a layer that a file knows as several, or as a part, is found
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..models import Architecture, LayerNames
+from ..models import ARCHITECTURES, Architecture, LayerNames
 from .checkpoint import read_tensors
 from .lora_delta import Change, changed
+from .recognition import what_is
 
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "pipe.", "unet.")
 """What files put before a layer's name, one or several of them."""
@@ -57,6 +59,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     },
 }
 """What a tensor of an adapter is, by the end of its key."""
+
+_FIRST_NUMBER = re.compile(r"(blocks[._])\d+")
 
 _SUFFIXES = sorted(
     ((end, role) for role, ends in ROLES.items() for end in ends), key=lambda pair: -len(pair[0])
@@ -106,11 +110,10 @@ def parse_lora(
     alphas = _Alphas(metadata, source)
     for name, parts in adapters.items():
         changes += _layer_changes(name, parts, names, alphas)
-    if not changes:
-        raise CheckpointError(
-            f"{source} must be a LoRA for this {architecture.name} model, got {len(tensors)} tensors "
-            f"such as {min(tensors, default='none')} that fit no layer"
-        )
+    if not adapters:
+        other = lora_architecture(tensors)
+        what = f"a LoRA for {other.name}" if other else f"{what_is(tensors)}, which fits no layer"
+        raise CheckpointError(f"{source} must be a LoRA for this {architecture.name} model, got {what}")
     changes.sort(key=lambda change: change.parameter)
     report = f"{source}: {len(changes)} changes" + (
         f", {len(unused)} unused keys ({', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''})"
@@ -118,6 +121,29 @@ def parse_lora(
         else ""
     )
     return Lora(changes=tuple(changes), unused=tuple(unused), report=report)
+
+
+def lora_architecture(keys: Collection[str]) -> Architecture | None:
+    """Return the architecture whose layers a LoRA file names most of, or None if it names none."""
+    counts = {row.name: 0 for row in ARCHITECTURES}
+    for row in ARCHITECTURES:
+        names = _Names(row.model(row.presets["demo"], device="meta").state_dict(), row)
+        for key in keys:
+            name, role = _split(_FIRST_NUMBER.sub(r"\g<1>0", key))
+            counts[row.name] += role is not None and names.layer(name) is not None
+    best = max(ARCHITECTURES, key=lambda row: counts[row.name])
+    return best if counts[best.name] else None
+
+
+def describe_lora(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what a LoRA file holds: architecture, number of adapters, ranks, as JSON-like values."""
+    row = lora_architecture(tensors)
+    parts = [(*_split(key), tensor) for key, tensor in tensors.items()]
+    return {
+        "architecture": row.name if row else None,
+        "adapters": len({name for name, role, _ in parts if role is not None}),
+        "ranks": sorted({tensor.shape[0] for _, role, tensor in parts if role == "down"}),
+    }
 
 
 def merged_tensors(state: Mapping[str, Tensor], lora: Lora, strength: float = 1.0) -> dict[str, Tensor]:

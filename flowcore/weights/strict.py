@@ -1,6 +1,7 @@
 """Put weights into a module built on the meta device, with every key and shape checked first."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,16 +31,14 @@ def check_strict(
 
     Raises: CheckpointError as `assign_strict` does.
     """
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
+    found = compare(expected, tensors)
     faults = [
         _listing(label, names)
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        for label, names in (
+            ("missing", found.missing),
+            ("unexpected", found.unexpected),
+            ("wrong shape", found.misshapen),
+        )
         if names
     ]
     if faults:
@@ -47,6 +46,27 @@ def check_strict(
             f"{source} must hold exactly the {len(expected)} tensors of a {what}, got {'; '.join(faults)}; "
             "use a complete file of that model"
         )
+
+
+class Differences(NamedTuple):
+    """Names that are missing, that are too many, and lines on those of another shape."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+
+def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> Differences:
+    """Return in what the tensors differ from the expected keys and shapes."""
+    return Differences(
+        missing=[name for name in expected if name not in tensors],
+        unexpected=[name for name in tensors if name not in expected],
+        misshapen=[
+            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    )
 
 
 def _listing(label: str, names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcore.flow import StepState, interpolate, noise_law
@@ -49,7 +49,8 @@ class SequenceObjective:
         device: torch.device,
     ) -> None:
         """Puts the module on the device."""
-        self.module: Flux = module.to(device)
+        self.module: nn.Module = module.to(device)
+        self.flux = module
         self.pairs, self.spaces, self.config, self.device = pairs, spaces, config, device
         self.law = noise_law("beta", alpha=config.times.alpha, beta=config.times.beta)
         is_checkpointed = config.train.gradient_checkpointing
@@ -99,7 +100,7 @@ class SequenceObjective:
 
         held_out, sampling = self.pairs.held_out, self.config.sampling
         made = transport(
-            self.module,
+            self.flux,
             held_out.condition,
             space=self.spaces,
             source=held_out.source,

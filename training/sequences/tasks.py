@@ -131,10 +131,9 @@ class Drawn:
 class Stored:
     """The pairs of a file; the last of them are held out."""
 
-    measure = staticmethod(measure_map)
-
     def __init__(self, pairs: Pairs, *, seed: int, batch_size: int, held_out: int) -> None:
         """Parts the pairs. At most a fifth is held out."""
+        self.measure: Measure = measure_map
         total = len(pairs.data)
         kept = total - min(held_out, int(total * MAX_HELD_OUT_SHARE))
         self.known, self.held_out = pairs.part(slice(kept)), pairs.part(slice(kept, None))

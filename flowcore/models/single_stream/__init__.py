@@ -1,6 +1,6 @@
 """SingleStreamDiT: one stream of text and image tokens, with filters by spatial frequency."""
 
-from .config import PRESETS, SingleStreamConfig, infer_config, is_match
+from .config import PRESETS, SingleStreamConfig, infer_config, is_match, version
 from .model import SingleStreamDiT
 from .velocity import velocity
 
@@ -11,4 +11,5 @@ __all__ = [
     "infer_config",
     "is_match",
     "velocity",
+    "version",
 ]

@@ -207,3 +207,8 @@ def is_match(keys: Collection[str]) -> bool:
     Its caption embedder has the names of Lumina 2's, which has neither text positions nor a local bias.
     """
     return "text_pos_embed" in keys and "blocks.0.local_bias.conv.weight" in keys
+
+
+def version(keys: Collection[str]) -> str:
+    """Return which revision wrote a model with these bare names."""
+    return "v3" if any(".fourier_filter.freq_mlp." in key for key in keys) else "head"

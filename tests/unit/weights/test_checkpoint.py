@@ -115,7 +115,7 @@ def test_diffusers_folder_gives_its_config(tmp_path: Path) -> None:
     settings = {"_class_name": "XUDiTConditionModel", **config.to_dict()}
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     assert load_model(folder).config == config
-    with pytest.raises(CheckpointError, match="got 0 files; name one of its folders transformer"):
+    with pytest.raises(CheckpointError, match="got none; name one of its folders transformer"):
         load_model(tmp_path)
 
 
