@@ -101,7 +101,7 @@ def _describe_kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
         "kind": "model",
         "architecture": found.architecture.name,
         "version": found.version or None,
-        "layout": found.layout.name if found.layout else BARE,
+        "layout": found.layout.name if found.layout else found.prefix.rstrip(".") or BARE,
         "prefix": found.prefix,
         "others": len(found.others),
         **_describe_model(found),

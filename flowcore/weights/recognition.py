@@ -3,11 +3,11 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..layers.reading import stored_config
 from ..models import Architecture, Layout, detect, find_layout
 
 _ADAPTER_PARTS = (".lora_", ".lokr_", ".hada_", ".lora.", ".processor.")
@@ -55,18 +55,26 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Rec
     own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     version = architecture.version(own.keys())
     layout = find_layout(architecture, own.keys())
-    notes = dict(metadata)
-    if layout is not None:
-        notes["flowcore.config"] = json.dumps({**stored_config(notes), **layout.settings})
     return Recognised(
         architecture=architecture,
         prefix=prefix,
         layout=layout,
         version=version,
         state=layout.convert(own) if layout else own,
-        metadata=notes,
+        metadata=_with_settings(metadata, layout.settings if layout else {}),
         others=tuple(name for name in tensors if not name.startswith(prefix)),
     )
+
+
+def _with_settings(metadata: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata with further fields of the configuration."""
+    if not settings:
+        return dict(metadata)
+    try:
+        stored = json.loads(metadata.get("flowcore.config", "{}"))
+    except json.JSONDecodeError:  # `infer_config` says what is wrong
+        return dict(metadata)
+    return {**metadata, "flowcore.config": json.dumps({**stored, **settings})}
 
 
 def is_adapter(names: Collection[str]) -> bool:

@@ -54,7 +54,7 @@ def test_prefixes_and_other_contents(tmp_path: Path, state: dict[str, Tensor], p
     )
     loaded = load_model(tmp_path / "a.safetensors")
     assert same(loaded.model, state)
-    assert loaded.report.endswith("tensors, 2 others")
+    assert loaded.report.endswith(f"tensors, prefix {prefix}, 2 others")
 
 
 @pytest.mark.parametrize(
