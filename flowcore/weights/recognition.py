@@ -82,21 +82,12 @@ def is_adapter(names: Collection[str]) -> bool:
     return any(part in name for name in names for part in _ADAPTER_PARTS)
 
 
-def is_model(names: Collection[str]) -> bool:
-    """Return whether a model of a known architecture is among the names."""
-    try:
-        detect(names)
-    except CheckpointError:
-        return False
-    return True
-
-
 def what_is(names: Collection[str]) -> str:
-    """Return what tensors of these names are, for messages: "a flux model", "an adapter such as ...", ..."""
-    if is_adapter(names):
-        return f"an adapter with tensors such as {min(names)}"
+    """Return what tensors of these names are, for messages: "a flux model", "an adapter with ...", ..."""
     try:
         architecture, _ = detect(names)
     except CheckpointError as err:
+        if is_adapter(names):
+            return f"an adapter with tensors such as {min(names)}"
         return str(err).rpartition(", got ")[2].partition(";")[0]
     return f"a {architecture.name} model"
