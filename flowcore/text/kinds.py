@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..weights.recognition import model_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,9 @@ def _is_umt5(part: Part) -> bool:
 
 def _describe(names: Collection[str]) -> str:
     """Return what the names look like, for a message."""
+    architecture = model_name(names)
+    if architecture is not None:
+        return f"a {architecture} model"
     for mark, what in _OTHERS:
         if any(mark in name for name in names):
             return what

@@ -82,6 +82,14 @@ def is_adapter(names: Collection[str]) -> bool:
     return any(part in name for name in names for part in _ADAPTER_PARTS)
 
 
+def model_name(names: Collection[str]) -> str | None:
+    """Return the architecture of the model that is among the names, or None."""
+    try:
+        return detect(names)[0].name
+    except CheckpointError:
+        return None
+
+
 def what_is(names: Collection[str]) -> str:
     """Return what tensors of these names are, for messages: "a flux model", "an adapter with ...", ..."""
     try:

@@ -17,7 +17,7 @@ from flowcore.weights.checkpoint import load_model
 
 Tensors = dict[str, Tensor]
 ARCHS = ("xut", "flux", "tinyflux", "single_stream")
-FLUX = find_architecture("flux").presets["tiny"]
+FLUX = find_architecture("flux").presets["points"]
 FLUX_128 = replace(FLUX, hidden_size=128, num_heads=1, axes_dim=(16, 56, 56), theta=10_000)
 TINYFLUX = replace(find_architecture("tinyflux").presets["tiny"], sol_qk_scale=True)
 XUT = find_architecture("xut").presets["tiny"]

@@ -183,7 +183,7 @@ def test_inspect_names_what_is_missing_too_many_or_misshapen(tmp_path: Path) -> 
 
 def test_inspect_names_the_preset(tmp_path: Path) -> None:
     write(CASES["flux project"], tmp_path / "a.safetensors")
-    assert describe_file(tmp_path / "a.safetensors")["presets"] == ["tiny"]
+    assert describe_file(tmp_path / "a.safetensors")["presets"] == ["points"]
 
 
 def test_the_qk_scale_of_tinyflux_is_for_strict_readers() -> None:
