@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..weights.recognition import model_name
+from ..weights.kinds import model_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,11 +25,18 @@ def describe_names(names: Collection[str]) -> str:
     return f"{_kind(names)} ({len(names)} tensors such as {min(names, default='none')})"
 
 
-def _kind(names: Collection[str]) -> str:
+def model_name(names: Collection[str]) -> str | None:
+    """Return the architecture of the model that is among the names, or None."""
     try:
-        return f"a {detect(names)[0].name} model"
+        return detect(names)[0].name
     except CheckpointError:
-        pass
+        return None
+
+
+def _kind(names: Collection[str]) -> str:
+    name = model_name(names)
+    if name is not None:
+        return f"a {name} model"
     for pattern, kind in _KINDS:
         if any(re.search(pattern, name) for name in names):
             return kind

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models import ARCHITECTURES, Architecture, LayerNames
 from .checkpoint import read_tensors
+from .kinds import describe_names
 from .lora_delta import Change, changed
-from .recognition import what_is
 
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "pipe.", "unet.")
 """What files put before a layer's name, one or several of them."""
@@ -112,7 +112,7 @@ def parse_lora(
         changes += _layer_changes(name, parts, names, alphas)
     if not adapters:
         other = lora_architecture(tensors)
-        what = f"a LoRA for {other.name}" if other else f"{what_is(tensors)}, which fits no layer"
+        what = f"a LoRA for {other.name}" if other else f"{describe_names(tensors)}, which fits no layer"
         raise CheckpointError(f"{source} must be a LoRA for this {architecture.name} model, got {what}")
     changes.sort(key=lambda change: change.parameter)
     report = f"{source}: {len(changes)} changes" + (

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
 from ..models import Architecture, Layout, detect, find_layout
 
 _ADAPTER_PARTS = (".lora_", ".lokr_", ".hada_", ".lora.", ".processor.")
@@ -80,22 +79,3 @@ def _with_settings(metadata: Mapping[str, str], settings: Mapping[str, Any]) -> 
 def is_adapter(names: Collection[str]) -> bool:
     """Return whether names are those of adapters such as LoRA."""
     return any(part in name for name in names for part in _ADAPTER_PARTS)
-
-
-def model_name(names: Collection[str]) -> str | None:
-    """Return the architecture of the model that is among the names, or None."""
-    try:
-        return detect(names)[0].name
-    except CheckpointError:
-        return None
-
-
-def what_is(names: Collection[str]) -> str:
-    """Return what tensors of these names are, for messages: "a flux model", "an adapter with ...", ..."""
-    try:
-        architecture, _ = detect(names)
-    except CheckpointError as err:
-        if is_adapter(names):
-            return f"an adapter with tensors such as {min(names)}"
-        return str(err).rpartition(", got ")[2].partition(";")[0]
-    return f"a {architecture.name} model"

@@ -272,7 +272,7 @@ def test_keys_of_other_models_are_listed(state: dict[str, Tensor]) -> None:
     [
         (
             {"a.lora_A.weight": draw(2, 2)},
-            "file must be a LoRA for this flux model, got an adapter with tensors such as a.lora_A",
+            "file must be a LoRA for this flux model, got a LoRA (1 tensors such as a.lora_A",
         ),
         (
             {f"{PROJ}.lora_A.weight": draw(2, 16)},
