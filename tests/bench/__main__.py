@@ -154,7 +154,7 @@ def store(values: dict[str, float]) -> None:
 
 
 HEADER = (
-    f"{'architecture':14}{'what':24}{'size':42}{'dtype':10}{'batch':>5}{'seconds':>10}{'GFLOP/s':>9}"
+    f"{'architecture':14}{'what':24}{'size':72}{'dtype':10}{'batch':>5}{'seconds':>10}{'GFLOP/s':>9}"
     f"{'share':>7}{'peak MiB':>10}{'original s':>11}{'ratio':>7}{'verdict':>9}"
 )
 
@@ -163,7 +163,7 @@ def describe(row: Row) -> str:
     """One line of the table under HEADER."""
     verdict = {None: "", True: "ok", False: "slower"}[row.ok]
     return (
-        f"{row.arch:14}{row.what:24}{row.size:42}{row.dtype:10}{row.batch:>5}{row.seconds:>10.3f}"
+        f"{row.arch:14}{row.what:24}{row.size:72}{row.dtype:10}{row.batch:>5}{row.seconds:>10.3f}"
         f"{number(row.gflops, 1):>9}{number(row.share, 2):>7}{row.peak_mib:>10.0f}"
         f"{number(row.reference_seconds, 3):>11}{number(row.ratio, 2):>7}{verdict:>9}"
     )

@@ -133,6 +133,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, signals: Signals, attention: Attenti
     return attention(q, k, wide, signals.bias).to(v.dtype)
 
 
+def joined(mixed: Tensor, hidden: Tensor) -> Tensor:
+    """Return `b l (d + m)`: attention `b l d`, then the tanh form of GELU of hidden `b l m`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat((mixed, functional.gelu(hidden, approximate="tanh")), dim=-1)
+    # Written where it is to lie: a copy of the model's widest tensor takes a CPU as long as its GELU.
+    joint = hidden.new_empty(*hidden.shape[:-1], mixed.shape[-1] + hidden.shape[-1])
+    attended, activated = joint.split((mixed.shape[-1], hidden.shape[-1]), dim=-1)
+    attended.copy_(mixed)
+    torch.ops.aten.gelu.out(hidden, approximate="tanh", out=activated)
+    return joint
+
+
 class DoubleStreamBlock(nn.Module):
     """Condition and data tokens, each with weights of their own, meet in one attention."""
 
@@ -196,7 +208,7 @@ class SingleStreamBlock(nn.Module):
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k)
         mixed = attend(q, k, v, signals, attention)
-        branch = self.linear2(torch.cat((mixed, functional.gelu(hidden, approximate="tanh")), dim=-1))
+        branch = self.linear2(joined(mixed, hidden))
         return added(x, mod, branch)
 
 
