@@ -2,13 +2,14 @@
 
 A scene is one or two flat shapes on a flat background. Its caption names shape, colour, size, position,
 background and, for two objects, their relation. One meaning in ten is held out from training by a stable
-hash.
+hash. An edit is a source scene, an instruction, and the target scene.
 """
 
 from .captions import Meaning, MeantObject, caption_scene, captions_held_out, parse_caption
 from .draw import draw
+from .edits import Edit, iterate_edits, random_edit
 from .errors import SceneError
-from .folder import iterate_scenes, write_folder
+from .folder import iterate_scenes, write_edits, write_folder
 from .judge import ATTRIBUTES, Verdict, accuracy, judge
 from .scene import PALETTE, RELATIONS, SHAPES, Scene, SceneObject, is_held_out, random_scene
 
@@ -17,6 +18,7 @@ __all__ = [
     "PALETTE",
     "RELATIONS",
     "SHAPES",
+    "Edit",
     "Meaning",
     "MeantObject",
     "Scene",
@@ -28,9 +30,12 @@ __all__ = [
     "captions_held_out",
     "draw",
     "is_held_out",
+    "iterate_edits",
     "iterate_scenes",
     "judge",
     "parse_caption",
+    "random_edit",
     "random_scene",
+    "write_edits",
     "write_folder",
 ]

@@ -16,7 +16,7 @@ from training.cli import DONE, UNUSABLE, fail, run_command
 from training.files import write_atomic
 
 from .errors import SceneError
-from .folder import write_folder
+from .folder import SOURCE_ENDING, write_edits, write_folder
 from .judge import ATTRIBUTES, Verdict, accuracy, judge
 
 
@@ -53,8 +53,14 @@ def _parser() -> argparse.ArgumentParser:
         default="train",
         help="train: no held-out meanings (default); test: only those; all: both",
     )
+    write.add_argument(
+        "--edits", action="store_true", help="pairs: a target, its source in .source.png, and what was asked"
+    )
     write.add_argument("--force", action="store_true", help="write into a folder that holds files")
-    judging = commands.add_parser("judge", help="judge PNG files against the captions beside them")
+    judging = commands.add_parser(
+        "judge",
+        help="judge PNG files against the captions beside them, and edits",
+    )
     judging.set_defaults(run=_judge)
     judging.add_argument("folder", type=Path, metavar="DIR", help="folder of PNG files with .txt files")
     judging.add_argument("--json", type=Path, metavar="FILE", help="also write the verdicts to FILE")
@@ -64,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(options: argparse.Namespace) -> int:
-    write_folder(
+    write = write_edits if options.edits else write_folder
+    write(
         options.folder,
         options.count,
         options.seed,
@@ -73,7 +80,8 @@ def _write(options: argparse.Namespace) -> int:
         split=options.split,
         is_forced=options.force,
     )
-    sys.stdout.write(f"{options.count} scenes written to {options.folder}\n")
+    what = "edits" if options.edits else "scenes"
+    sys.stdout.write(f"{options.count} {what} written to {options.folder}\n")
     return DONE
 
 
@@ -101,22 +109,37 @@ def _judge(options: argparse.Namespace) -> int:
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SceneError(f"{folder} must be a folder of PNG and .txt files, got no folder; check the path")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png")
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == ".png" and not path.name.endswith(SOURCE_ENDING)
+    )
     if not paths:
         raise SceneError(f"{folder} must hold PNG files, got none; write some with 'training.scenes write'")
     return paths
 
 
-def _judge_file(path: Path) -> tuple[str, Verdict]:
-    text = path.with_suffix(".txt")
+def _caption_of(path: Path) -> str:
+    """What a picture is to show: the target's caption of an edit, the text beside any other."""
+    is_edit = path.with_suffix(SOURCE_ENDING).exists()
+    text = path.with_suffix(".json" if is_edit else ".txt")
     try:
-        caption = " ".join(text.read_text(encoding="utf-8").split())
+        content = text.read_text(encoding="utf-8")
+        return " ".join(str(json.loads(content)["target"] if is_edit else content).split())
     except FileNotFoundError as err:
         raise SceneError(
             f"{path} must have a caption, got no {text.name}; write it beside the image"
         ) from err
     except (OSError, UnicodeDecodeError) as err:
         raise SceneError(f"{text} must be readable UTF-8 text, got {err}; save it as UTF-8") from err
+    except (ValueError, TypeError, KeyError) as err:
+        raise SceneError(
+            f"{text} must be JSON with the caption of the target under target, got {err}; write it again"
+        ) from err
+
+
+def _judge_file(path: Path) -> tuple[str, Verdict]:
+    caption = _caption_of(path)
     try:
         with Image.open(path) as image:
             pixels = image.convert("RGB")

@@ -1,18 +1,23 @@
-"""Writes captioned scenes as an ordinary folder of pictures with same-named text files."""
+"""Writes captioned scenes, and edits of scenes, as a folder of pictures with same-named text files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from .captions import caption_scene
 from .draw import MIN_SIZE, draw
+from .edits import Edit, iterate_edits
 from .errors import SceneError
 from .scene import ObjectCount, Scene, Split, random_scene
 
+SOURCE_ENDING = ".source.png"
+"""Of the picture that an edit starts from, beside the target's."""
 _MAX_SIZE = 4096
 
 
@@ -46,20 +51,58 @@ def write_folder(
         SceneError: If a number is out of range, or the folder holds files and is_forced is not set.
         OSError: If a file cannot be written.
     """
+    _prepare(folder, count, seed, size, is_forced=is_forced)
+    scenes: Iterable[tuple[Scene, str]] = iterate_scenes(count, seed, objects=objects, split=split)
+    for index, (scene, caption) in enumerate(
+        tqdm(scenes, total=count, desc="scenes", unit="image", disable=is_quiet)
+    ):
+        _write(folder / f"scene-{index:06d}.png", draw(scene, size), caption)
+
+
+def write_edits(
+    folder: Path,
+    count: int,
+    seed: int,
+    *,
+    size: int = 128,
+    objects: ObjectCount = "mixed",
+    split: Split = "train",
+    is_forced: bool = False,
+    is_quiet: bool = False,
+) -> None:
+    """Write edits into folder, with a progress bar on stderr.
+
+    `edit-000000.png` is the target, `.source.png` the source, `.txt` what is asked for, and `.json` holds the
+    kind of the edit, its instruction and the target's complete caption.
+
+    Raises:
+        SceneError: If a number is out of range, or the folder holds files and is_forced is not set.
+        OSError: If a file cannot be written.
+    """
+    _prepare(folder, count, seed, size, is_forced=is_forced)
+    edits: Iterable[tuple[Edit, str]] = iterate_edits(count, seed, objects=objects, split=split)
+    for index, (edit, text) in enumerate(
+        tqdm(edits, total=count, desc="edits", unit="pair", disable=is_quiet)
+    ):
+        path = folder / f"edit-{index:06d}.png"
+        draw(edit.source, size).save(path.with_suffix(SOURCE_ENDING))
+        facts = {"kind": edit.kind, "instruction": edit.instruction, "target": edit.caption}
+        path.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8", newline="\n")
+        _write(path, draw(edit.target, size), text)
+
+
+def _write(path: Path, picture: Image.Image, text: str) -> None:
+    """Writes a picture and, when that is whole, its text."""
+    picture.save(path)
+    path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _prepare(folder: Path, count: int, seed: int, size: int, *, is_forced: bool) -> None:
     _check(folder, count, seed, size, is_forced=is_forced)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise SceneError(f"{folder} must be a folder that can be made, got {err}; name another") from err
-    scenes: Iterable[tuple[Scene, str]] = iterate_scenes(count, seed, objects=objects, split=split)
-    for index, (scene, caption) in enumerate(
-        tqdm(scenes, total=count, desc="scenes", unit="image", disable=is_quiet)
-    ):
-        path = folder / f"scene-{index:06d}.png"
-        draw(scene, size).save(path)
-        path.with_suffix(".txt").write_text(
-            caption + "\n", encoding="utf-8", newline="\n"
-        )  # last: picture is whole
 
 
 def _check(folder: Path, count: int, seed: int, size: int, *, is_forced: bool) -> None:

@@ -45,7 +45,9 @@ POSITIONS = (
 RELATIONS = ("left of", "above")
 """Relation of the first object to the second; captions also say them the other way round."""
 
-_CONTRAST = 120.0  # least RGB distance between an object and its background
+CONTRAST = 120.0
+"""Least RGB distance between an object and its background."""
+
 _SIZE_PAIRS = (
     ("small", "small"),
     ("small", "medium"),
@@ -136,7 +138,8 @@ def _pick(rng: np.random.Generator, items: tuple[str, ...]) -> str:
     return items[int(rng.integers(len(items)))]
 
 
-def _jitter_color(rng: np.random.Generator, color: str) -> Rgb:
+def jitter_color(rng: np.random.Generator, color: str) -> Rgb:
+    """A palette colour with a slight jitter, which no caption names."""
     shifts = rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, size=3)
     red, green, blue = (
         min(255, max(0, value + int(shift))) for value, shift in zip(PALETTE[color], shifts, strict=True)
@@ -155,12 +158,12 @@ def _shake(rng: np.random.Generator) -> float:
 def _pick_background(rng: np.random.Generator, colors: tuple[str, ...]) -> str:
     return _pick(
         rng,
-        tuple(name for name in PALETTE if all(color_distance(name, color) >= _CONTRAST for color in colors)),
+        tuple(name for name in PALETTE if all(color_distance(name, color) >= CONTRAST for color in colors)),
     )
 
 
-def _place(position: str, size: str) -> tuple[float, float]:
-    """Middle of a named place; small objects lie farther out than large ones, which must fit."""
+def place(position: str, size: str) -> tuple[float, float]:
+    """Middle of a named place, x and y; small objects lie farther out than large ones, which must fit."""
     reach = min(_REACH, 0.5 - _MARGIN - _SHAKE - RADII[size] * (1 + _RADIUS_JITTER))
     x = 0.5 + reach * (("right" in position) - ("left" in position))
     y = 0.5 + reach * (("bottom" in position) - ("top" in position))
@@ -172,7 +175,7 @@ def _one_object(rng: np.random.Generator) -> Scene:
     size = _pick(rng, tuple(RADII))
     position = _pick(rng, POSITIONS)
     background = _pick_background(rng, (color,))
-    x, y = _place(position, size)
+    x, y = place(position, size)
     item = SceneObject(
         shape=_pick(rng, SHAPES),
         color=color,
@@ -180,9 +183,9 @@ def _one_object(rng: np.random.Generator) -> Scene:
         position=position,
         center=(x + _shake(rng), y + _shake(rng)),
         radius=_jitter_radius(rng, size),
-        rgb=_jitter_color(rng, color),
+        rgb=jitter_color(rng, color),
     )
-    return Scene(background=background, background_rgb=_jitter_color(rng, background), objects=(item,))
+    return Scene(background=background, background_rgb=jitter_color(rng, background), objects=(item,))
 
 
 def _two_objects(rng: np.random.Generator) -> Scene:
@@ -208,12 +211,12 @@ def _two_objects(rng: np.random.Generator) -> Scene:
                 position=None,
                 center=center,
                 radius=radii[index],
-                rgb=_jitter_color(rng, colors[index]),
+                rgb=jitter_color(rng, colors[index]),
             )
         )
     return Scene(
         background=background,
-        background_rgb=_jitter_color(rng, background),
+        background_rgb=jitter_color(rng, background),
         objects=tuple(items),
         relation=relation,
     )

@@ -176,7 +176,7 @@ def _part(pixels: Floats, ground: Floats, labels: Labels, label: int, side: int)
         color=_color_name(rgb) if is_uniform else None,
         shape=shape,
         size=_size(radius),
-        position=_position(*center),
+        position=position_of(*center),
         center=center,
         half_extent=half_extent,
         overlap=overlap,
@@ -258,7 +258,8 @@ def _size(radius: float) -> str | None:
     return min(RADII, key=lambda name: abs(np.log(radius / RADII[name])))
 
 
-def _position(x: float, y: float) -> str:
+def position_of(x: float, y: float) -> str:
+    """Name of the place that a point lies in."""
     vertical = "top" if y < 0.5 - _PLACE_EDGE else "bottom" if y > 0.5 + _PLACE_EDGE else ""
     horizontal = "left" if x < 0.5 - _PLACE_EDGE else "right" if x > 0.5 + _PLACE_EDGE else ""
     return f"{vertical} {horizontal}".strip() or "center"
