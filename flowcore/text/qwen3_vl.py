@@ -40,7 +40,16 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Bytes as they are, and special tokens; the chat of Qwen."""
+    """Bytes as they are, special tokens, and one token for each of some words; the chat of Qwen.
+
+    A word is taken together with the blank before it, in upper or lower case, where no letter or digit stands
+    beside it; `ExoConfig.words` are numbered from behind the special tokens on.
+    """
+
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.words = {word: 256 + len(SPECIAL) + number for number, word in enumerate(words)}
+        known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+        self.pattern = re.compile(rf"((?: |(?<!\w))(?:{known})(?!\w))", re.IGNORECASE) if words else None
 
     def chat(self, prompt: str, *, has_image: bool) -> str:
         """Return the chat, as `Tokenizer`."""
@@ -51,7 +60,14 @@ class ByteTokenizer:
         """Return the token ids, as `Tokenizer`."""
         found: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, SPECIAL))})", text):
-            found += [256 + SPECIAL.index(piece)] if piece in SPECIAL else piece.encode("utf-8")
+            found += [256 + SPECIAL.index(piece)] if piece in SPECIAL else self._plain_ids(piece)
+        return found
+
+    def _plain_ids(self, text: str) -> list[int]:
+        found: list[int] = []
+        for piece in self.pattern.split(text) if self.pattern else [text]:
+            number = self.words.get(piece.strip(" ").lower())
+            found += piece.encode("utf-8") if number is None else [number]
         return found
 
 

@@ -64,13 +64,18 @@ class EncodedSamples:
         self.buckets: list[Bucket] = []
         self.rejects: list[Reject] = []
         self._image_keys: list[str] = []
+        self._source_keys: list[str] = []
         self._encode_images(list(zip(samples, buckets, strict=True)), image_encoder)
         self._text_keys: dict[str, str] = {}
         self._encode_captions(caption_encoder)
 
     def latents(self, numbers: Sequence[int]) -> Tensor:
         """Latents `b c h w`, float32, of samples of one bucket."""
-        return torch.stack([self._latents.entries[self._image_keys[n]]["latents"] for n in numbers]).float()
+        return self._stacked([self._image_keys[n] for n in numbers])
+
+    def source_latents(self, numbers: Sequence[int]) -> Tensor:
+        """Latents `b c h w`, float32, of the source pictures of samples that have one, of one bucket."""
+        return self._stacked([self._source_keys[n] for n in numbers])
 
     def conditioning(self, captions: Sequence[str]) -> Conditioning:
         """Token states of captions of this set (or the empty one), padded to the longest, with their mask.
@@ -87,15 +92,20 @@ class EncodedSamples:
             pooled=torch.stack([text["pooled"].float() for text in texts]) if "pooled" in texts[0] else None,
         )
 
+    def _stacked(self, keys: Sequence[str]) -> Tensor:
+        return torch.stack([self._latents.entries[key]["latents"] for key in keys]).float()
+
     def _encode_images(self, work: list[tuple[Sample, Bucket]], encoder: ImageEncoder) -> None:
         """Encodes each picture alone, so that its bits do not depend on its neighbours."""
-        keys, refused = self._image_keys_of(work)
-        distinct = {key: item for key, item in zip(keys, work, strict=True) if key not in refused}
+        pictures = [(sample.path, bucket) for sample, bucket in work]
+        pictures += [(sample.source, bucket) for sample, bucket in work if sample.source]
+        found, refused = self._image_keys_of(list(dict.fromkeys(pictures)))
+        distinct = {key: picture for picture, key in found.items() if key not in refused}
 
-        def encode(items: list[tuple[str, tuple[Sample, Bucket]]]) -> list[Encoded | None]:
-            ((key, (sample, bucket)),) = items
+        def encode(items: list[tuple[str, tuple[Path, Bucket]]]) -> list[Encoded | None]:
+            ((key, (path, bucket)),) = items
             try:
-                return [{"latents": self._encode_image(sample, bucket, encoder)}]
+                return [{"latents": self._encode_image(path, bucket, encoder)}]
             except SampleError as err:
                 if not self._is_lenient:
                     raise
@@ -103,39 +113,47 @@ class EncodedSamples:
                 return [None]
 
         self._latents.fill(list(distinct.items()), encode, chunk=1, what="encode images")
-        for key, (sample, bucket) in zip(keys, work, strict=True):
-            if key not in refused:
+        for sample, bucket in work:
+            paths = [path for path in (sample.path, sample.source) if path]
+            keys = [found[path, bucket] for path in paths]
+            faults = [
+                Reject(path, refused[key]) for path, key in zip(paths, keys, strict=True) if key in refused
+            ]
+            if not faults:
                 self.samples.append(sample)
                 self.buckets.append(bucket)
-                self._image_keys.append(key)
-            elif Reject(sample.path, refused[key]) not in self.rejects:
-                self.rejects.append(Reject(sample.path, refused[key]))
+                self._image_keys.append(keys[0])
+                self._source_keys.append(keys[-1])
+            elif faults[0] not in self.rejects:
+                self.rejects.append(faults[0])
         if not self.samples:
             first = self.rejects[0]
             raise DataError(f"datasets must hold a usable image, got none; {first.path}: {first.reason}")
 
-    def _image_keys_of(self, work: list[tuple[Sample, Bucket]]) -> tuple[list[str], dict[str, str]]:
-        """Content keys of pictures, and the reasons why some cannot be read, by key."""
-        keys: list[str] = []
+    def _image_keys_of(
+        self, pictures: list[tuple[Path, Bucket]]
+    ) -> tuple[dict[tuple[Path, Bucket], str], dict[str, str]]:
+        """Content keys by picture, and the reasons why some cannot be read, by key."""
+        keys: dict[tuple[Path, Bucket], str] = {}
         refused: dict[str, str] = {}
-        for sample, bucket in tqdm(work, desc="read images", unit="image", leave=False, delay=5):
+        for path, bucket in tqdm(pictures, desc="read images", unit="image", leave=False, delay=5):
             self._stop.check()
             try:
-                content = sample.path.read_bytes()
+                content = path.read_bytes()
             except OSError as err:
-                unreadable = SampleError(sample.path, f"image must be readable, got {err.strerror}")
+                unreadable = SampleError(path, f"image must be readable, got {err.strerror}")
                 if not self._is_lenient:
                     raise unreadable from err
-                keys.append(str(sample.path))
-                refused[keys[-1]] = unreadable.reason
+                keys[path, bucket] = str(path)
+                refused[str(path)] = unreadable.reason
                 continue
-            keys.append(content_key(content, f"{bucket.width}x{bucket.height}"))
+            keys[path, bucket] = content_key(content, f"{bucket.width}x{bucket.height}")
         return keys, refused
 
-    def _encode_image(self, sample: Sample, bucket: Bucket, encoder: ImageEncoder) -> Tensor:
-        latents = encoder.encode(load_image(sample, bucket)[None])[0].to(self._dtype)
+    def _encode_image(self, path: Path, bucket: Bucket, encoder: ImageEncoder) -> Tensor:
+        latents = encoder.encode(load_image(path, bucket)[None])[0].to(self._dtype)
         if not torch.isfinite(latents).all():
-            raise SampleError(sample.path, "latents of the image must be finite, got others")
+            raise SampleError(path, "latents of the image must be finite, got others")
         return latents
 
     def _encode_captions(self, encoder: CaptionEncoder) -> None:

@@ -10,6 +10,8 @@ from training.data.images import image_size
 from training.data.sample import DataError, Reject, Sample, SampleError
 from training.stop import StopFlag
 
+SOURCE_ENDING = ".source.png"
+"""Behind the name of an image: the picture before the edit that its caption asks for."""
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -18,10 +20,11 @@ def scan(
 ) -> tuple[list[Sample], list[Reject]]:
     """Samples of all datasets in the order of their names, and what was left out.
 
+    `NAME.source.png` is no sample, but the source picture of `NAME.png` (or of another image of that name).
     Hidden files and folders (names that start with a dot) are not looked at.
     Raises: DataError that names the folder or file and the remedy, for an empty or missing folder always, for
-        an image that cannot be used, a missing caption, or a caption without image unless the configuration
-        says skip; StoppedError.
+        an image that cannot be used, a missing caption, or a caption or source without image unless the
+        configuration says skip; StoppedError.
     """
     samples: list[Sample] = []
     rejects: list[Reject] = []
@@ -38,13 +41,13 @@ def _scan_folder(
     root = Path(dataset.path).expanduser()
     if not root.is_dir():
         raise DataError(f"{where}: {root} must be a folder of images, got {_what_is(root)}")
-    images, captions = _list_files(root, dataset.caption_extension)
+    images, rest = _list_files(root, dataset.caption_extension)
     if not images:
         raise DataError(f"{where}: {root} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
     samples: list[Sample] = []
     refused: list[Reject] = []
-    named = {path.with_suffix(dataset.caption_extension) for path in images}
-    for path in [*images, *(caption for caption in captions if caption not in named)]:
+    named = {path.with_suffix(end) for path in images for end in (dataset.caption_extension, SOURCE_ENDING)}
+    for path in [*images, *(path for path in rest if path not in named)]:
         stop.check()
         try:
             samples.append(_read_sample(path, root, dataset.caption_extension, data))
@@ -60,16 +63,16 @@ def _scan_folder(
 
 
 def _list_files(root: Path, caption_extension: str) -> tuple[list[Path], list[Path]]:
-    """Images and caption files below a folder, in the order of their names."""
-    images, captions = [], []
+    """Images below a folder, and captions and source pictures, in the order of their names."""
+    images, rest = [], []
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).parts):
         if any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if path.name.endswith((SOURCE_ENDING, caption_extension)) and path.is_file():
+            rest.append(path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             images.append(path)
-        elif path.suffix == caption_extension and path.is_file():
-            captions.append(path)
-    return images, captions
+    return images, rest
 
 
 def _is_skipped(err: SampleError, data: Data) -> bool:
@@ -81,12 +84,17 @@ def _what_is(path: Path) -> str:
 
 
 def _read_sample(path: Path, root: Path, extension: str, data: Data) -> Sample:
-    """The sample of an image. Raises: SampleError; also for a path that is a caption, which has no image."""
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise SampleError(path, "caption must have an image of the same name beside it, found none")
+    """The sample of an image. Raises: SampleError; also for a caption or a source picture without image."""
+    if path.name.endswith((SOURCE_ENDING, extension)):
+        what = "caption" if path.name.endswith(extension) else "source picture"
+        raise SampleError(path, f"{what} must have an image of the same name beside it, found none")
     caption = _read_caption(path, extension, data)
     width, height = image_size(path)
-    return Sample(path.relative_to(root).as_posix(), path, caption, width, height)
+    source = path.with_suffix(SOURCE_ENDING)
+    if not source.is_file():
+        return Sample(path.relative_to(root).as_posix(), path, caption, width, height)
+    image_size(source)
+    return Sample(path.relative_to(root).as_posix(), path, caption, width, height, source)
 
 
 def _read_caption(path: Path, extension: str, data: Data) -> str:

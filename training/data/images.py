@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from training.data.buckets import Bucket, fit
-from training.data.sample import Sample, SampleError
+from training.data.sample import SampleError
 
 MIN_SIDE = 8
 # What Pillow's readers raise for bytes that are no image, by format; SyntaxError is theirs for a broken PNG.
@@ -59,18 +59,18 @@ def image_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def load_image(sample: Sample, bucket: Bucket) -> Tensor:
+def load_image(path: Path, bucket: Bucket) -> Tensor:
     """Pixels `3 h w` in [-1, 1], fitted to the bucket; turned as EXIF data says, transparency over white.
 
     Raises: SampleError if the file does not decode.
     """
     try:
-        with _opened(sample.path) as file:
+        with _opened(path) as file:
             turn = _UPRIGHT.get(_orientation(file))
             image = _flatten(file)
             pixels = np.array(fit(image.transpose(turn) if turn is not None else image, bucket))
     except _UNDECODABLE as err:
-        raise _undecodable(sample.path, err) from err
+        raise _undecodable(path, err) from err
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 

@@ -27,13 +27,17 @@ class SampleError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image file with its caption; `key` is the path relative to its dataset, sizes are in pixels."""
+    """One image file with its caption; `key` is the path relative to its dataset, sizes are in pixels.
+
+    source: the picture before the edit that the caption asks for, None where the caption describes the image.
+    """
 
     key: str
     path: Path
     caption: str
     width: int
     height: int
+    source: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def load_images(samples: Sequence[Sample], stop: StopFlag) -> Tensor:
     images = torch.empty(len(samples), 3, bucket.height, bucket.width, dtype=torch.uint8)
     for number, sample in enumerate(tqdm(samples, desc="read images", unit="image", leave=False)):
         stop.check()
-        images[number] = load_image(sample, bucket).add(1).mul(127.5).round().to(torch.uint8)
+        images[number] = load_image(sample.path, bucket).add(1).mul(127.5).round().to(torch.uint8)
     return images
 
 

@@ -23,7 +23,7 @@ def count_parameters(config: ExoConfig) -> dict[str, int]:
     """
     rank = config.lora_rank or _LORA_RANK
     trunk = build_trunk(config.trunk, device="meta")
-    model = Exo(replace(config, lora_rank=rank, embeds_trunk=False), device="meta")
+    model = Exo(replace(config, lora_rank=rank, embeds_trunk=False, words=()), device="meta")
     counts = {
         "trunk, text": _count(trunk.get_submodule("language_model")),
         "trunk, vision": _count(trunk.get_submodule("visual")),

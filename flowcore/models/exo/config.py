@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
 from ...layers.reading import TensorReader, check_names, stored_config
-from .trunk_config import TRUNKS, TrunkConfig, check_trunk, find_trunk, infer_trunk
+from .trunk_config import BYTE_TOKENS, TRUNKS, TrunkConfig, check_trunk, find_trunk, infer_trunk
 
 MAX_ITERATIONS = 8
 """Refinement iterations that have a vector of their own."""
 NUM_ADAPTERS = 4
-_NOT_SIZES = ("trunk", "embeds_trunk", "edit_fraction", "lora_alpha")
+_NOT_SIZES = ("trunk", "embeds_trunk", "edit_fraction", "lora_alpha", "words")
+_STORED = ("edit_fraction", "lora_alpha", "words")
+"""Fields that no shape tells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class ExoConfig:
     iteration. projector_dim, feature_dim: channels of the image's features inside and behind the projector.
     diffusion_*: the head that gives the velocity. edit_*: the head that marks and writes; this fraction of
     the cells may be written in one iteration. lora_rank: of the low-rank changes of the trunk, 0 = none.
+    words: what the byte tokenizer of an own trunk reads as one token each, in lower case.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TRUNKS["qwen3-vl-8b"])
@@ -53,6 +56,7 @@ class ExoConfig:
     edit_fraction: float = 0.25
     lora_rank: int = 0
     lora_alpha: float = 32.0
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field. Raises: ConfigError."""
@@ -74,6 +78,18 @@ class ExoConfig:
             raise ConfigError(f"diffusion_patch must be 1 or 2, got {self.diffusion_patch}")
         if not 0 < self.edit_fraction <= 1:
             raise ConfigError(f"edit_fraction must lie above 0 and at most at 1, got {self.edit_fraction}")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        room = (
+            int(self.trunk["text_config"]["vocab_size"]) - 256 - len(BYTE_TOKENS) if self.embeds_trunk else 0
+        )
+        if len(self.words) > room:
+            raise ConfigError(f"words must be at most {room} for this trunk, got {len(self.words)}")
+        for word in self.words:
+            is_plain = isinstance(word, str) and word and word == "".join(word.lower().split())
+            if not is_plain or self.words.count(word) > 1:
+                raise ConfigError(f"words must be distinct, in lower case and without blanks, got {word!r}")
 
     @property
     def hidden_size(self) -> int:
@@ -117,7 +133,7 @@ class ExoConfig:
             if trunk not in TRUNKS:
                 raise ConfigError(f"trunk must be one of {', '.join(TRUNKS)}, or settings, got {trunk!r}")
             values = {**values, "trunk": TRUNKS[trunk]}
-        return cls(**values)
+        return cls(**{**values, "words": tuple(values.get("words", ()))})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-like values, the inverse of `from_dict`."""
@@ -208,7 +224,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     """Return the configuration that tensors with bare Exo names have.
 
     Shapes decide whatever they can. `flowcore.config` of the metadata gives the rest: the trunk's settings
-    (without it the trunk is the known one of the same width and depth), edit_fraction, lora_alpha.
+    (without it the trunk is the known one of the same width and depth), edit_fraction, lora_alpha, words.
     Raises: CheckpointError if a tensor that is needed is missing or has a shape no Exo model has.
     """
     reader = TensorReader(tensors, "Exo")
@@ -244,7 +260,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             "edit_depth": len(reader.indices("edit_head.blocks.")),
             "edit_head_dim": reader.shape("edit_head.blocks.0.attn.q_norm.weight", 1)[0],
             "lora_rank": (reader.size(rank_key, 0) if rank_key else 0) or 0,
-            **{name: stored[name] for name in ("edit_fraction", "lora_alpha") if name in stored},
+            **{name: stored[name] for name in _STORED if name in stored},
         }
     )
 

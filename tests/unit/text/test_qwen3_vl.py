@@ -22,6 +22,15 @@ def test_bytes_and_special_tokens() -> None:
     assert ids[12] == 257
 
 
+def test_words_are_one_token_each() -> None:
+    tokenizer = ByteTokenizer(["a", "red", "redder", "user"])
+    assert tokenizer.ids("a red A") == [262, 263, 262]
+    assert tokenizer.ids("a  Redder,red") == [262, 32, 264, 44, 263]
+    assert tokenizer.ids("tired reds") == [*b"tired reds"]
+    chat = tokenizer.ids(tokenizer.chat("red", has_image=False))
+    assert chat == [256, 265, 10, 263, 257, 10, 256, *b"assistant\n"]
+
+
 def test_conditions_of_several_prompts() -> None:
     images = torch.zeros(2, 3, 64, 96)
     found = encode_prompts(ByteTokenizer(), ["", "red"], images)

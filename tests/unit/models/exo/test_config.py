@@ -74,6 +74,20 @@ def test_config_is_read_from_tensors(name: str) -> None:
     assert infer_config(state, None) == config
 
 
+def test_words_are_kept_in_the_file_and_checked() -> None:
+    config = replace(PRESETS["tiny"], words=("a", "red"))
+    metadata = {"flowcore.config": json.dumps(config.to_dict())}
+    assert infer_config(Exo(config, device="meta").state_dict(), metadata) == config
+    assert count_parameters(config) == count_parameters(PRESETS["tiny"])
+    for words in (["Red"], ["a b"], ["a", "a"], [""], [1]):
+        with pytest.raises(ConfigError, match=rf"in lower case and without blanks, got {words[-1]!r}"):
+            ExoConfig.from_dict({**config.to_dict(), "words": words})
+    with pytest.raises(ConfigError, match=r"words must be at most 250 for this trunk, got 251"):
+        replace(config, words=tuple(map(str, range(251))))
+    with pytest.raises(ConfigError, match=r"words must be at most 0 for this trunk, got 1"):
+        replace(PRESETS["2b"], words=("a",))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

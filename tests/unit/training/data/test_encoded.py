@@ -102,6 +102,28 @@ def test_an_edited_image_is_encoded_again(tmp_path: Path) -> None:
     assert images.count == 1
 
 
+def test_source_pictures_are_encoded_and_their_edits_noticed(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 4)
+    for number in (1, 3):
+        (folder / f"0{number - 1}.png").rename(folder / f"0{number}.source.png")
+        (folder / f"0{number - 1}.txt").unlink()
+    made = encode(folder, tmp_path / "cache")
+    assert [sample.key for sample in made.samples] == ["01.png", "03.png"]
+    assert torch.equal(made.source_latents([1, 0]), encode(folder, None).source_latents([1, 0]))
+    plain = encode(write_images(tmp_path / "plain", 4), None)
+    assert torch.equal(made.source_latents([0, 1]), plain.latents([0, 2]))
+    assert torch.equal(made.latents([0, 1]), plain.latents([1, 3]))
+    (folder / "03.source.png").write_bytes((folder / "01.source.png").read_bytes())
+    images = CountingPixels()
+    edited = encode(folder, tmp_path / "cache", images=images)
+    assert torch.equal(edited.source_latents([0, 1]), plain.latents([0, 0]))
+    assert images.count == 0
+    truncate(folder / "01.source.png")
+    left = encode(folder, tmp_path / "cache", is_lenient=True)
+    assert [sample.key for sample in left.samples] == ["03.png"]
+    assert [reject.path.name for reject in left.rejects] == ["01.source.png"]
+
+
 def test_an_image_of_equal_size_and_time_is_noticed(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 2)
     contents = []

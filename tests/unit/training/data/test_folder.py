@@ -41,6 +41,18 @@ def test_endings_may_be_in_capitals_and_hidden_files_are_left_alone(tmp_path: Pa
     assert [sample.key for sample in scan_one(tmp_path)[0]] == ["00.PNG"]
 
 
+def test_a_source_picture_belongs_to_the_image_of_its_name(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    (tmp_path / "01.png").rename(tmp_path / "01.source.png")
+    (tmp_path / "02.png").rename(tmp_path / "01.webp")
+    (tmp_path / "02.txt").unlink()
+    samples, _ = scan_one(tmp_path)
+    assert [(sample.key, sample.caption, sample.source) for sample in samples] == [
+        ("00.png", "picture 0", None),
+        ("01.webp", "picture 1", tmp_path / "01.source.png"),
+    ]
+
+
 def test_repeats_and_caption_extension(tmp_path: Path) -> None:
     write_images(tmp_path, 2)
     for number in range(2):
@@ -85,6 +97,16 @@ def make_image_missing(folder: Path) -> Path:
     return folder / "00.txt"
 
 
+def make_source_alone(folder: Path) -> Path:
+    (folder / "00.txt").unlink()
+    return (folder / "00.png").rename(folder / "00.source.png")
+
+
+def make_source_empty(folder: Path) -> Path:
+    (folder / "00.source.png").write_bytes(b"")
+    return folder / "00.source.png"
+
+
 def make_empty(folder: Path) -> Path:
     (folder / "00.png").write_bytes(b"")
     return folder / "00.png"
@@ -114,6 +136,8 @@ FAULTS = [
     (make_caption_missing, "caption 00.txt must exist; add it or set data.missing_caption to skip or empty"),
     (make_caption_latin, "caption must be readable UTF-8 text"),
     (make_image_missing, "caption must have an image of the same name beside it"),
+    (make_source_alone, "source picture must have an image of the same name beside it"),
+    (make_source_empty, "image must decode, got cannot identify image file"),
     (make_empty, "image must decode, got cannot identify image file"),
     (make_text, "image must decode"),
     (make_cut_header, "image must decode"),

@@ -11,13 +11,13 @@ from torch import Tensor
 from tests.unit.training.workspace import write_images
 from training.data.buckets import Bucket
 from training.data.images import image_size, load_image
-from training.data.sample import Sample, SampleError
+from training.data.sample import SampleError
 
 ORIENTATION = 0x0112
 
 
 def load(path: Path, width: int = 32, height: int = 32) -> Tensor:
-    return load_image(Sample(path.name, path, "", width, height), Bucket(width, height))
+    return load_image(path, Bucket(width, height))
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
