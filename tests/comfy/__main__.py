@@ -1,7 +1,8 @@
 """`python -m tests.comfy --version V` prepares ComfyUI; `... run [WORKFLOW.json]` starts it.
 
 The extension is linked into the server's custom_nodes. A workflow is run, its pictures are written into
-the current folder, and the server ends; without one the server runs until Ctrl-C.
+the current folder, and the server ends; without one the server runs until Ctrl-C. `... write [NAME...]` makes
+the bundled workflows and their thumbnails from their descriptions in `tests/comfy/workflows.py`.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from .browser_process import BrowserError, find_browser_python
 from .convert import ConversionError, is_api, to_api
 from .install import VERSION, NotAvailableError, find_comfyui, find_python
 from .server import Server, ServerError
@@ -23,8 +25,8 @@ def main() -> int:
         if options.command is None:
             print(comfyui)
             return 0
-        return _run(options, comfyui)
-    except (NotAvailableError, ServerError) as error:
+        return _run(options, comfyui) if options.command == "run" else _write(options, comfyui)
+    except (NotAvailableError, ServerError, BrowserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -45,10 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         help="workflow to run, in UI or API form; without it the server stays",
     )
     run.add_argument("--port", type=int, default=8188, help="port of a server that stays (%(default)s)")
-    run.add_argument(
-        "--base", type=Path, help="folder for models, input, output and user (default: a temporary one)"
-    )
     run.add_argument("--cpu", action="store_true", help="use no accelerator even if there is one")
+    write = commands.add_parser("write", help="make the files in workflows/ anew; needs a browser")
+    write.add_argument("names", nargs="*", metavar="NAME", help="workflows (default: all on bundled weights)")
+    for command in (run, write):
+        command.add_argument(
+            "--base", type=Path, help="folder for models, input, output and user (default: a temporary one)"
+        )
     return parser
 
 
@@ -78,6 +83,25 @@ def _run(options: argparse.Namespace, comfyui: Path) -> int:
             return 2
         for image in server.images(server.run(prompt, seconds=3600)):
             print(_keep(image), flush=True)
+    return 0
+
+
+def _write(options: argparse.Namespace, comfyui: Path) -> int:
+    """Write the files of the named workflows. Raises: NotAvailableError, ServerError or BrowserError."""
+    from .workflows import bundled
+    from .writing import write_workflows
+
+    known = bundled()
+    unknown = set(options.names) - set(known)
+    if unknown:
+        print(f"error: NAME must be one of {', '.join(known)}, got {min(unknown)}", file=sys.stderr)
+        return 2
+    python = find_python()
+    browser = find_browser_python(python)
+    base = None if options.base is None else options.base.resolve()
+    with Server(comfyui, python, base=base, arguments=("--cpu",)) as server:
+        chosen = [known[name] for name in options.names or known]
+        print(*write_workflows(server, browser, chosen), sep="\n")
     return 0
 
 

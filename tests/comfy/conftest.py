@@ -1,6 +1,5 @@
 """One ComfyUI server for all tests; skipped, with the reason, where ComfyUI is not to be had."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,8 +10,6 @@ import pytest
 
 from tests.comfy.install import VERSION, NotAvailableError, find_comfyui, find_python
 from tests.comfy.server import Server
-
-FOLDER = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +50,13 @@ def server(comfyui: Path, comfyui_python: Path, base: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def prompt() -> dict[str, Any]:
-    """The bundled workflow in API form, on the stand-in models; 6 steps."""
+    """The bundled workflow in API form, on the stand-in models; 5 steps."""
     from tests.comfy.standins import MODEL, TEXT, VAE
+    from tests.comfy.workflows import text_to_image
 
-    nodes = json.loads((FOLDER / "api" / "xut_text_to_image.json").read_text(encoding="utf-8"))
+    nodes = text_to_image("xut").prompt
     nodes["1"]["inputs"]["model_name"] = MODEL
     nodes["2"]["inputs"]["clip_name"] = TEXT
     nodes["3"]["inputs"]["vae_name"] = VAE
     nodes["7"]["inputs"]["steps"] = 5
-    return dict(nodes)
+    return nodes

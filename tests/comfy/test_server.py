@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from tests.comfy.listen_process import listening
 from tests.comfy.server import LINK_NAME, Server, ServerError
 from tests.comfy.standins import LORA, MODEL, SPEC, TEXT, VAE
+from tests.comfy.workflows import demo_architectures, text_to_image
 
 pytestmark = pytest.mark.comfy
 PREVIEW_EVENT = 1
@@ -96,16 +96,6 @@ def test_the_workflow_makes_a_picture(server: Server, prompt: Prompt) -> None:
     assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_the_template_is_listed_and_served(server: Server) -> None:
-    templates = server.get("/api/workflow_templates")
-    (names,) = (value for key, value in templates.items() if LINK_NAME in key)
-    assert "xut_text_to_image" in names
-    served = server.get(f"/api/workflow_templates/{LINK_NAME}/xut_text_to_image.json")
-    assert {entry["type"] for entry in served["nodes"]} >= {"FlowCoreLoadModel", "KSampler", "MarkdownNote"}
-    thumbnail = server.get_bytes(f"/api/workflow_templates/{LINK_NAME}/xut_text_to_image.jpg")
-    assert Image.open(io.BytesIO(thumbnail)).size == (512, 512)
-
-
 def custom_sampler(prompt: Prompt, *, sigmas: dict[str, Any]) -> Prompt:
     """The prompt with SamplerCustomAdvanced in the place of KSampler."""
     changed = copy.deepcopy(prompt)
@@ -157,18 +147,15 @@ def test_latents_equal_those_of_plain_python(server: Server, base: Path, prompt:
         assert float((found - expected).abs().max()) < 1e-4
 
 
-def test_the_bundled_demo_equals_plain_python(server: Server) -> None:
-    from flowcore.assets import list_builtin
+@pytest.mark.parametrize("architecture", demo_architectures())
+def test_bundled_demos_equal_plain_python(server: Server, architecture: str) -> None:
     from flowcore.pipeline import Pipeline
     from flowcore.settings import Settings
 
-    if "xut-demo" not in list_builtin():
-        pytest.skip("the demo's weights are not in this checkout")
-    prompt = json.loads(
-        (Path(__file__).parent / "api" / "xut_text_to_image.json").read_text(encoding="utf-8")
-    )
-    pipeline = Pipeline.from_files(device="cpu", dtype="float32")
-    settings = Settings(width=128, height=128, num_steps=20, cfg_scale=2.0)
+    prompt = text_to_image(architecture).prompt
+    prompt["7"]["inputs"]["steps"] = 5
+    pipeline = Pipeline.from_files(f"{architecture}-demo", device="cpu", dtype="float32")
+    settings = Settings(width=128, height=128, num_steps=5, cfg_scale=2.0)
     expected = pipeline.sample([prompt["4"]["inputs"]["text"]], [0], settings)
     found = pipeline.vae.spec.to_model(latent_of(server, prompt))
     assert float((found - expected).abs().max()) < 1e-4
