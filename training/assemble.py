@@ -56,7 +56,12 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
     samples, rejects = scan(config.datasets, config.data, stop)
     settings = config.buckets
     sizes = bucket_sizes(settings.resolution, settings.multiple, settings.max_aspect)
-    buckets = [nearest_bucket(sample.width, sample.height, sizes) for sample in samples]
+    buckets = [
+        Bucket(sample.width, sample.height)
+        if sample.stored
+        else nearest_bucket(sample.width, sample.height, sizes)
+        for sample in samples
+    ]
     return Prepared(
         config=config,
         architecture=architecture,

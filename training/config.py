@@ -83,9 +83,9 @@ class Model(Strict):
 
 
 class Dataset(Strict):
-    """One folder of images, each with a caption file of the same name."""
+    """One folder of images, each with a caption file of the same name; or of `training.trajectories`."""
 
-    kind: Literal["folder"] = "folder"
+    kind: Literal["folder", "trajectories"] = "folder"
     path: str
     caption_extension: str = Field(".txt", pattern=r"^\.\w+$")
     repeats: int = Field(1, ge=1)

@@ -103,7 +103,7 @@ class FileImageEncoder:
 
         self.autoencoder = load_vae(name, spec=spec, device=device, dtype=torch.float32)
         self.channels = self.autoencoder.spec.channels
-        self.identity = _file_identity(name)
+        self.identity = file_identity(name)
         self.facts = latent_facts(self.autoencoder.spec, name)
 
     @torch.no_grad()
@@ -182,8 +182,8 @@ def latent_facts(spec: LatentSpec, name: str) -> dict[str, str]:
     }
 
 
-def _file_identity(name: str) -> str:
-    """Hash of the weights, so that a cache notices another encoder."""
+def file_identity(name: str) -> str:
+    """Hash of the weights in a file, a folder or under a bundled name."""
     path = resolve(name)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return "-".join(sha256(file)[:16] for file in files)

@@ -40,13 +40,16 @@ def write_atomic(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file and syncs it. Raises: OSError if the disk is full or the write fails."""
     import safetensors.torch
     from safetensors import SafetensorError
 
     try:
-        safetensors.torch.save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(plain, path, dict(metadata) if metadata else None)
     except SafetensorError as err:
         raise _as_os_error(err) from err
     sync(path)

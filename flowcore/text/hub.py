@@ -1,6 +1,7 @@
 """Text encoders from the Hugging Face hub, where somebody asks for them: `hub:OWNER/NAME[/FOLDER]`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -35,23 +36,28 @@ def fetch(address: str) -> Path:
     folder = match["folder"].strip("/")
     places = [folder, folder.replace("text_encoder", "tokenizer")] if folder else [""]
     wanted = [f"{place}/{name}".lstrip("/") for place in places for name in _WANTED]
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        local = snapshot_download(
-            match["repo"], allow_patterns=wanted, ignore_patterns=[] if folder else ["*/*"]
-        )
-    except (HfHubHTTPError, OSError, ValueError) as err:
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise CheckpointError(
-            f"{address} must be on the hub and within reach, got {reason}; check name and connection, "
-            "log in (hf auth login) if it asks for consent, or pass a local folder or file"
-        ) from err
-    place = Path(local) / folder
+    place = download(address, match["repo"], wanted, [] if folder else ["*/*"]) / folder
     if not any(place.glob("*.safetensors")):
         raise CheckpointError(
             f"{address} must hold safetensors files, got none; name the folder of a text encoder in it, "
             "hub:OWNER/NAME/FOLDER, or another repository"
         )
     return place
+
+
+def download(address: str, repo: str, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
+    """Return the local copy of a repository's files whose names fit a pattern, in the hub's cache.
+
+    Raises: CheckpointError on one line that names the address, if the hub is out of reach or refuses.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[*wanted], ignore_patterns=[*unwanted]))
+    except (HfHubHTTPError, OSError, ValueError) as err:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise CheckpointError(
+            f"{address} must be on the hub and within reach, got {reason}; check name and connection, "
+            "log in (hf auth login) if it asks for consent, or pass a local folder or file"
+        ) from err

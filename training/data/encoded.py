@@ -14,6 +14,7 @@ from training.data.buckets import Bucket
 from training.data.cache import Encoded, TensorCache, content_key
 from training.data.images import load_image
 from training.data.sample import DataError, Reject, Sample, SampleError
+from training.data.trajectories import check_space, draw_start, read_stored
 from training.encoders import CaptionEncoder, ImageEncoder
 from training.stop import StopFlag
 
@@ -65,7 +66,12 @@ class EncodedSamples:
         self.rejects: list[Reject] = []
         self._image_keys: list[str] = []
         self._source_keys: list[str] = []
-        self._encode_images(list(zip(samples, buckets, strict=True)), image_encoder)
+        work = list(zip(samples, buckets, strict=True))
+        self._encode_images([item for item in work if not item[0].stored], image_encoder)
+        self._take_stored([item for item in work if item[0].stored], image_encoder)
+        if not self.samples:
+            first = self.rejects[0]
+            raise DataError(f"datasets must hold a usable image, got none; {first.path}: {first.reason}")
         self._text_keys: dict[str, str] = {}
         self._encode_captions(caption_encoder)
 
@@ -76,6 +82,14 @@ class EncodedSamples:
     def source_latents(self, numbers: Sequence[int]) -> Tensor:
         """Latents `b c h w`, float32, of the source pictures of samples that have one, of one bucket."""
         return self._stacked([self._source_keys[n] for n in numbers])
+
+    def noise(self, number: int, draw: torch.Generator) -> Tensor:
+        """Noise `c h w`, float32: that which the sample's latents belong to, else as drawn."""
+        stored = self.samples[number].stored
+        shape = self._latents.entries[self._image_keys[number]]["latents"].shape
+        if stored is None or stored.noise_seed is None:
+            return torch.randn(shape, generator=draw)
+        return draw_start(stored.noise_seed, shape)
 
     def conditioning(self, captions: Sequence[str]) -> Conditioning:
         """Token states of captions of this set (or the empty one), padded to the longest, with their mask.
@@ -126,9 +140,19 @@ class EncodedSamples:
                 self._source_keys.append(keys[-1])
             elif faults[0] not in self.rejects:
                 self.rejects.append(faults[0])
-        if not self.samples:
-            first = self.rejects[0]
-            raise DataError(f"datasets must hold a usable image, got none; {first.path}: {first.reason}")
+
+    def _take_stored(self, work: list[tuple[Sample, Bucket]], encoder: ImageEncoder) -> None:
+        """Latents that samples have already, mapped from their files."""
+        for path, space in {s.path.parent: s.stored.space for s, _ in work if s.stored}.items():
+            check_space(space, encoder, path)
+        found = read_stored(sample for sample, _ in work)
+        for sample, bucket in work:
+            key = f"{sample.path}:{sample.key}"
+            self._latents.entries[key] = {"latents": found[sample]}
+            self.samples.append(sample)
+            self.buckets.append(bucket)
+            self._image_keys.append(key)
+            self._source_keys.append(key)
 
     def _image_keys_of(
         self, pictures: list[tuple[Path, Bucket]]

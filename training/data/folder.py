@@ -1,4 +1,4 @@
-"""A folder of images and caption files as a list of samples."""
+"""Folders of images and caption files, or of trajectories, as a list of samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from training.config import Data, Dataset
 from training.data.images import image_size
 from training.data.sample import DataError, Reject, Sample, SampleError
+from training.data.trajectories import scan_trajectories
 from training.stop import StopFlag
 
 SOURCE_ENDING = ".source.png"
@@ -18,7 +19,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 def scan(
     datasets: Iterable[Dataset], data: Data, stop: StopFlag | None = None
 ) -> tuple[list[Sample], list[Reject]]:
-    """Samples of all datasets in the order of their names, and what was left out.
+    """Samples of all datasets in the order of their names (or numbers), and what was left out.
 
     `NAME.source.png` is no sample, but the source picture of `NAME.png` (or of another image of that name).
     Hidden files and folders (names that start with a dot) are not looked at.
@@ -30,7 +31,11 @@ def scan(
     rejects: list[Reject] = []
     flag = StopFlag() if stop is None else stop
     for number, dataset in enumerate(datasets):
-        found = _scan_folder(dataset, f"datasets.{number}.path", data, rejects, flag)
+        where = f"datasets.{number}.path"
+        if dataset.kind == "trajectories":
+            found = scan_trajectories(Path(dataset.path).expanduser(), where, flag)
+        else:
+            found = _scan_folder(dataset, where, data, rejects, flag)
         samples += found * dataset.repeats
     return samples, rejects
 

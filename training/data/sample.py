@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flowcore.errors import FlowCoreError
 
@@ -26,10 +27,23 @@ class SampleError(DataError):
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Latents that lie in a safetensors file under `name`.
+
+    noise_seed: of the noise that they belong to, None where any does. space: of the latents, JSON-like.
+    """
+
+    name: str
+    noise_seed: int | None
+    space: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image file with its caption; `key` is the path relative to its dataset, sizes are in pixels.
 
     source: the picture before the edit that the caption asks for, None where the caption describes the image.
+    stored: the latents in the file, if it is none of an image.
     """
 
     key: str
@@ -38,6 +52,7 @@ class Sample:
     width: int
     height: int
     source: Path | None = None
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class FlowMatchingObjective:
             uniforms.append(level)
             dropped.append(drop < self.recipe.cond_dropout)
             captions.append("" if dropped[-1] else self.data.samples[number].caption)
-            noises.append(torch.randn(clean.shape[1:], generator=draw))
+            noises.append(self.data.noise(number, draw))
         quantiles = self.law.quantile(torch.tensor(uniforms, dtype=torch.float64))
         sigma = quantiles.float().clamp(FLOOR, 1 - FLOOR).to(self.device)
         sample = interpolate(clean.to(self.device), torch.stack(noises).to(self.device), sigma)

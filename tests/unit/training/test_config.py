@@ -206,7 +206,10 @@ def test_an_unknown_key_is_named_before_what_it_leaves_out(tmp_path: Path) -> No
         ({"datasets": {"path": "x"}}, "datasets must be a list"),
         ({"datasets": [{"repeats": 2}]}, "datasets.0.path must be given"),
         ({"datasets": [{"path": 3}]}, "datasets.0.path must be a valid string, got 3; put it in quotes"),
-        ({"datasets": [{"path": "x", "kind": "tar"}]}, "datasets.0.kind must be 'folder', got 'tar'"),
+        (
+            {"datasets": [{"path": "x", "kind": "tar"}]},
+            "datasets.0.kind must be 'folder' or 'trajectories', got 'tar'",
+        ),
         ({"datasets": [{"path": "x", "caption_extension": "txt"}]}, "datasets.0.caption_extension"),
         ({"output": {"name": "a/b"}}, "output.name must be a plain folder name"),
         ({"output": {"name": ".."}}, "output.name must be a plain folder name"),

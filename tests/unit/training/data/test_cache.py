@@ -209,8 +209,8 @@ def test_leftovers_of_a_killed_builder_are_removed(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: object, path: Path) -> None:
-        del tensors
+    def full(tensors: object, path: Path, *rest: object) -> None:
+        del tensors, rest
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

@@ -1,0 +1,100 @@
+"""Folders that `training.trajectories` wrote: latents, captions, and the noise of the latents."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from training.data.sample import DataError, Sample, Stored
+from training.encoders import ImageEncoder
+from training.files import sha256
+from training.stop import StopFlag
+
+FORMAT = "flowcore.trajectories/1"
+INDEX = "index.jsonl"
+"""A line of provenance with the checksums of the shards, then a line a record."""
+_AGAIN = "start the same python -m training.trajectories again"
+_CLOSE = 2.0**-10
+
+
+def name_of(number: int) -> str:
+    """Key of a record."""
+    return f"{number:06d}"
+
+
+def draw_start(seed: int, shape: Sequence[int]) -> Tensor:
+    """The noise `c h w`, float32, that a teacher started from."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
+
+
+def scan_trajectories(root: Path, where: str, stop: StopFlag) -> list[Sample]:
+    """Records of a folder as samples, after a look at the checksum of every shard.
+
+    Raises: DataError that names the folder or file and the remedy; StoppedError.
+    """
+    index = root / INDEX
+    try:
+        header, *records = map(json.loads, index.read_text(encoding="utf-8").splitlines())
+        samples = [_sample(record, header, root) for record in records]
+        shards = {root / Path(name).name: str(value) for name, value in header["shards"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise DataError(
+            f"{where}: {root} must hold the {INDEX} of training.trajectories, got {err!r}; {_AGAIN}"
+        ) from err
+    if header.get("format") != FORMAT:
+        raise DataError(
+            f"{where}: {index} must be of format {FORMAT}, got {header.get('format')!r}; {_AGAIN}"
+        )
+    if not samples:
+        raise DataError(f"{where}: {root} must hold a finished shard, got none; {_AGAIN}")
+    for path, expected in shards.items():
+        stop.check()
+        if not path.is_file() or sha256(path) != expected:
+            raise DataError(f"{path} must be as it was written, got a missing or damaged file; {_AGAIN}")
+    return samples
+
+
+def read_stored(samples: Iterable[Sample]) -> dict[Sample, Tensor]:
+    """Latents `c h w` of samples that have stored ones, mapped from their files."""
+    files: dict[Path, Any] = {}
+    found: dict[Sample, Tensor] = {}
+    for sample in samples:
+        if sample.stored is not None:
+            if sample.path not in files:
+                files[sample.path] = safe_open(sample.path, framework="pt")
+            found[sample] = files[sample.path].get_tensor(f"{sample.stored.name}.z0")
+    return found
+
+
+def check_space(space: Mapping[str, Any], encoder: ImageEncoder, path: Path) -> None:
+    """Compares the space of stored latents with that of a run. Raises: DataError if it is another."""
+    facts = {part: encoder.facts.get(f"flowcore.latents_{part}") for part in ("mean", "std")}
+    is_same = space["channels"] == encoder.channels and all(
+        text is None or _is_close(space[part], json.loads(text)) for part, text in facts.items()
+    )
+    if not is_same:
+        name = encoder.facts.get("flowcore.latent_spec", "pixels")
+        raise DataError(
+            f"{path} must hold latents of encoders.vae, {name} with {encoder.channels} channels, got "
+            f"{space['space']} with {space['channels']}; make the trajectories with --vae"
+        )
+
+
+def _sample(record: Mapping[str, Any], header: Mapping[str, Any], root: Path) -> Sample:
+    width, height = map(int, header["size"])
+    stored = Stored(str(record["key"]), record.get("noise_seed"), header["latents"])
+    shard = root / Path(record["shard"]).name
+    return Sample(stored.name, shard, str(record["caption"]), width, height, stored=stored)
+
+
+def _is_close(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and all(
+        math.isclose(a, b, rel_tol=_CLOSE, abs_tol=_CLOSE) for a, b in zip(first, second, strict=True)
+    )

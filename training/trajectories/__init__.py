@@ -1,0 +1,1 @@
+"""Stores the latents to which a teacher leads noise: `python -m training.trajectories OUT`."""
