@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 
 from .errors import CheckpointError, ConfigError
+from .flow.schedule import check_shift
 from .text.encoder import TextMode
 from .text.hub import PREFIX
 from .vae.autoencoder import Autoencoder, load_vae
@@ -43,6 +44,18 @@ def text_sources(
         return part_source("text_encoder", given, metadata, model)
     several = [str(source) for source in given]
     return several[0] if len(several) == 1 else several
+
+
+def stated_shift(metadata: Mapping[str, str], name: str, default: float) -> float:
+    """Return the shift that a model's file states, or the default. Raises: CheckpointError if it is none."""
+    text = metadata.get("flowcore.shift")
+    if text is None:
+        return default
+    try:
+        check_shift(float(text))
+    except ValueError as err:
+        raise CheckpointError(f"flowcore.shift in {name} must be a positive number, got {text!r}") from err
+    return float(text)
 
 
 def load_model_vae(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -16,25 +16,25 @@ from .errors import ConfigError
 from .flow.guidance import guided_pair
 from .flow.masking import masked_velocity, noise_to_strength, restore_kept
 from .flow.path import VelocityFn
-from .flow.solvers import SOLVERS
-from .flow.steps import NoiseFn, StepCallback
+from .flow.steps import StepCallback
 from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_images
 from .layers.attention import find_attention
+from .noise import draw_noise, step_noise
 from .ops import Runtime
-from .parts import Source, load_model_vae, part_source, text_mode_of, text_sources
-from .settings import Settings
+from .parts import Source, load_model_vae, part_source, stated_shift, text_mode_of, text_sources
+from .settings import Settings, check_request, whole_size
 from .text.encoder import TextEncoder, TextMode
 from .text.loading import load_text_encoder
 from .vae.autoencoder import Autoencoder
 from .vae.tiling import Tiling, tiling_of
 from .weights.checkpoint import LoadedModel, load_model
 
+if TYPE_CHECKING:
+    from .exo.loading import TrunkOptions
+
 __all__ = ["Pipeline", "Settings", "draw_noise", "generate", "step_noise"]
 
 DEFAULT_MODEL = "xut-demo"
-FALLBACK_SIDE = 512
-"""Pixels a side for a model whose file does not state its resolution."""
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,13 @@ class Pipeline:
 
     attention: what computes it, a name of `layers.attention.ATTENTIONS`.
     sources: what the settings in a picture call the parts.
+    settings_type: what decides its pictures. fallback_side, fallback_shift: pixels a side and shift of the
+    noise levels for a model whose file states none.
     """
+
+    settings_type: ClassVar[type[Settings]] = Settings
+    fallback_side: ClassVar[int] = 512
+    fallback_shift: ClassVar[float] = 1.0
 
     model: LoadedModel
     text_encoder: TextEncoder
@@ -74,27 +80,44 @@ class Pipeline:
         dtype: str = "auto",
         attention: str = "auto",
         tile: int | None = None,
+        trunk: "TrunkOptions | None" = None,
     ) -> "Pipeline":
         """Return the pipeline of files or bundled names.
 
         Args:
             model: a model file; its metadata may name the other parts.
             vae: None = what the model file names.
-            text_encoder: one or several, as `load_text_encoder` takes them; None = what the model file names.
+            text_encoder: one or several, as `load_text_encoder` takes them; of an exo model its trunk, a
+                folder or a repository; None = what the model file names.
             text_mode: None = what the model file says, else "sequence".
             device: "auto" takes CUDA or MPS where there is one.
             dtype: of the diffusion model; "auto" is float32 on the CPU and bfloat16 elsewhere.
             attention: "auto" takes flash-attn where it is installed and fits; else "sdpa" or "flash".
             tile: pixels a side of the tiles in which the autoencoder works on larger pictures, 0 = no tiles;
                 None = tiles for large pictures alone.
+            trunk: how an exo model's trunk is loaded.
 
         Raises: CheckpointError or ConfigError, naming the file or the argument.
         """
         place = find_device(device)
-        kind = find_dtype(dtype, place)
         find_attention(attention)
         path = resolve(model)
-        loaded = load_model(path, device=place, dtype=kind)
+        loaded = load_model(path, device=place, dtype=find_dtype(dtype, place))
+        if loaded.architecture.name == "exo":
+            from .exo.pipeline import from_loaded
+
+            return from_loaded(
+                loaded,
+                model,
+                path,
+                vae=vae,
+                trunk=text_encoder,
+                options=trunk,
+                attention=attention,
+                tile=tile,
+            )
+        if trunk is not None:
+            raise ConfigError(f"options of a trunk must go with an exo model, got {loaded.architecture.name}")
         autoencoder = part_source("vae", vae, loaded.metadata, path)
         texts = text_sources(text_encoder, loaded.metadata, path)
         shape = loaded.architecture.text_shape(loaded.config)
@@ -114,7 +137,12 @@ class Pipeline:
         sides = text.split("x")
         if len(sides) == 2 and all(side.isdigit() for side in sides):
             return int(sides[0]), int(sides[1])
-        return FALLBACK_SIDE, FALLBACK_SIDE
+        return self.fallback_side, self.fallback_side
+
+    @property
+    def default_shift(self) -> float:
+        """Shift of the noise levels with which the model was trained."""
+        return stated_shift(self.model.metadata, str(self.sources["model"]), self.fallback_shift)
 
     def generate(
         self,
@@ -138,7 +166,7 @@ class Pipeline:
 
         Raises: ConfigError that names the setting.
         """
-        settings = self.sized(settings or Settings(), init_image)
+        settings = self.sized(settings or self.settings_type(), init_image)
         clean = keep = None
         if init_image is not None:
             clean = self.encode_image(init_image, settings)
@@ -151,7 +179,7 @@ class Pipeline:
         return pictures
 
     def sized(self, settings: Settings, image: Image.Image | None = None) -> Settings:
-        """Return the settings with a size: their own, else the image's (rounded down), else the model's.
+        """Return the settings with size and shift: their own, else the image's (rounded down) or the model's.
 
         Raises: ConfigError if a side is no multiple of the latent cell.
         """
@@ -166,7 +194,8 @@ class Pipeline:
                 raise ConfigError(
                     f"{name} must be a multiple of {cell}, got {side}; nearest are {low} and {high}"
                 )
-        return replace(settings, width=width, height=height)
+        shift = self.default_shift if settings.shift is None else settings.shift
+        return replace(settings, width=width, height=height, shift=shift)
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image, settings: Settings) -> Tensor:
@@ -204,13 +233,28 @@ class Pipeline:
 
         Raises: ConfigError that names the setting.
         """
-        _check_request(prompts, seeds, settings, has_clean=clean is not None, has_mask=mask is not None)
+        check_request(prompts, seeds, settings, has_clean=clean is not None, has_mask=mask is not None)
+        velocity = self.guided_velocity(prompts, settings)
+        return self.integrate(velocity, seeds, settings, clean=clean, mask=mask, callback=callback)
+
+    @torch.inference_mode()
+    def integrate(
+        self,
+        velocity: VelocityFn,
+        seeds: Sequence[int],
+        settings: Settings,
+        *,
+        clean: Tensor | None = None,
+        mask: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Return the latents `b c h w` to which a velocity leads from the noise of the seeds, as `sample`."""
+        settings = self.sized(settings)
         width, height = self._size(settings)
         cell = self.vae.spec.downscale
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         shape = (self.vae.spec.channels, height // cell, width // cell)
         noise = draw_noise(generators, shape).to(self.device)
-        velocity = self.guided_velocity(prompts, settings)
         sigmas = settings.sigmas()
         start = noise
         if clean is not None:
@@ -219,9 +263,7 @@ class Pipeline:
         if clean is not None and mask is not None:
             mask = mask.to(noise)
             velocity = masked_velocity(velocity, mask, clean, noise)
-        latents = SOLVERS[settings.solver](
-            velocity, start, sigmas, callback=callback, noise=step_noise(generators)
-        )
+        latents = settings.solve()(velocity, start, sigmas, callback=callback, noise=step_noise(generators))
         return latents if mask is None or clean is None else restore_kept(latents, mask, clean)
 
     def guided_velocity(self, prompts: Sequence[str], settings: Settings) -> VelocityFn:
@@ -290,10 +332,7 @@ class Pipeline:
 
     def _size(self, settings: Settings) -> tuple[int, int]:
         """Return width and height in pixels, checked."""
-        sized = self.sized(settings)
-        assert sized.width is not None
-        assert sized.height is not None
-        return sized.width, sized.height
+        return whole_size(self.sized(settings))
 
 
 def generate(  # noqa: PLR0913 - the one call that spells out every setting
@@ -309,7 +348,7 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
     cfg_scale: float = 2.0,
     seed: int = 0,
     solver: str = "euler",
-    shift: float = 1.0,
+    shift: float | None = None,
     init_image: Image.Image | None = None,
     strength: float = 1.0,
     mask: Image.Image | None = None,
@@ -329,7 +368,7 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
         cfg_scale: strength of classifier-free guidance; 1 = none.
         seed: start of the noise, drawn on the CPU.
         solver: a name of `flowcore.flow.SOLVERS`.
-        shift: above 1 spends more steps at high noise.
+        shift: above 1 spends more steps at high noise; None = the model's own.
         init_image: where to start from.
         strength: in (0, 1]; how far the initial image is taken back to noise.
         mask: white where the initial image is replaced.
@@ -355,39 +394,3 @@ def generate(  # noqa: PLR0913 - the one call that spells out every setting
     return pipeline.generate([prompt], [seed], settings, init_image=init_image, mask=mask, callback=callback)[
         0
     ]
-
-
-def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal numbers `b ...`, float32, a row from each CPU generator.
-
-    For one picture these are the values of ComfyUI's noise of the same seed.
-    """
-    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
-
-
-def step_noise(generators: Sequence[torch.Generator]) -> NoiseFn:
-    """Return the noise of stochastic solvers: each row goes on with its own generator."""
-
-    def noise(_step: int, like: Tensor) -> Tensor:
-        return draw_noise(generators, tuple(like.shape[1:])).to(like)
-
-    return noise
-
-
-def _check_request(
-    prompts: Sequence[str], seeds: Sequence[int], settings: Settings, *, has_clean: bool, has_mask: bool
-) -> None:
-    """Check what is said once a call. Raises: ConfigError."""
-    if isinstance(prompts, str) or not prompts or len(prompts) != len(seeds):
-        raise ConfigError(
-            f"prompts must be a list with one seed each, got {len(prompts)} and {len(seeds)} seeds"
-        )
-    wrong = next((seed for seed in seeds if not 0 <= seed <= MAX_SEED), None)
-    if wrong is not None:
-        raise ConfigError(f"seed must lie in 0..{MAX_SEED}, got {wrong}")
-    if has_mask and not has_clean:
-        raise ConfigError("a mask must come with an initial image, got none; pass init_image (--init)")
-    if settings.strength < 1 and not has_clean:
-        raise ConfigError(
-            f"strength must be 1 without an initial image, got {settings.strength}; pass init_image (--init)"
-        )

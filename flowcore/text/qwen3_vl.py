@@ -110,6 +110,53 @@ class ChatTokenizer:
         return found
 
 
+class PromptReader:
+    """What a pipeline has in place of a text encoder: the trunk itself reads its prompts and pictures.
+
+    It has no states of its own; a token is one number.
+    """
+
+    width = 1
+    pooled_width = None
+
+    def __init__(self, tokenizer: Tokenizer, identity: str, *, patch: int = 16) -> None:
+        """Join a tokenizer, what caches know it by, and the pixels on a side of the trunk's patches."""
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.patch = patch
+
+    def to(
+        self,
+        device: torch.device | str | None = None,  # noqa: ARG002 - as `TextEncoder`
+        dtype: torch.dtype | None = None,  # noqa: ARG002
+    ) -> "PromptReader":
+        """Return self: there are no weights."""
+        return self
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        mode: str = "sequence",  # noqa: ARG002 - as `TextEncoder`
+    ) -> Conditioning:
+        """Return the token ids of prompts without pictures."""
+        return self.read(prompts)
+
+    def read(self, prompts: Sequence[str], pictures: Tensor | None = None) -> Conditioning:
+        """Return the token ids of prompts, with a picture `b 3 h w` in [-1, 1] of any size for each.
+
+        Pictures are resized to as many visual tokens as the trunk knows: a published one to 256 to 1280, a
+        small one, which reads bytes, to no fewer than they have.
+        """
+        if pictures is not None:
+            least = 1 if isinstance(self.tokenizer, ByteTokenizer) else LEAST
+            pictures = fit_pictures(pictures, least=least)
+        return encode_prompts(self.tokenizer, prompts, pictures, patch=self.patch)
+
+    def unknown_words(self, prompt: str) -> list[str]:  # noqa: ARG002 - as `TextEncoder`
+        """Return nothing: every text has tokens."""
+        return []
+
+
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str], images: Tensor | None = None, *, patch: int = 16
 ) -> Conditioning:

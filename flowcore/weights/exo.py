@@ -50,27 +50,46 @@ def load_exo(
     Raises: CheckpointError that names the file and what is wrong.
     """
     loaded = load_model(path, device=device, dtype=dtype, ops=ops)
-    model = loaded.model
-    if not isinstance(model, Exo):
+    if not isinstance(loaded.model, Exo):
         raise CheckpointError(f"{path} must be an Exo file, got a {loaded.architecture.name} model")
-    if model.config.embeds_trunk:
-        return loaded
+    if not loaded.model.config.embeds_trunk:
+        folder = trunk_folder(loaded, path, trunk=trunk, may_download=may_download)
+        network = load_trunk(folder, device=device, dtype=dtype)
+        attach_trunk(loaded, path, network, source=str(folder), any_trunk=any_trunk)
+    return loaded
+
+
+def trunk_folder(
+    loaded: LoadedModel, path: str | Path, *, trunk: str | Path | None = None, may_download: bool = False
+) -> Path:
+    """Return the folder of the trunk of a model whose file does not hold it; arguments as in `load_exo`.
+
+    Raises: CheckpointError if it is nowhere.
+    """
     reference = _reference(loaded.metadata, path)
     source = trunk or reference.get("repo")
     if source is None:
         raise CheckpointError(f"{path} must name its trunk or be given one, got neither; pass trunk=FOLDER")
     revision = None if trunk else reference.get("revision")
-    folder = find_folder(source, revision=revision, may_download=may_download)
-    network = load_trunk(folder, device=device, dtype=dtype)
+    return find_folder(source, revision=revision, may_download=may_download)
+
+
+def attach_trunk(
+    loaded: LoadedModel, path: str | Path, network: nn.Module, *, source: str, any_trunk: bool = False
+) -> None:
+    """Give the model of an Exo file its trunk; source: where that is from, for messages.
+
+    Raises: CheckpointError if the file was made for another one.
+    """
+    reference = _reference(loaded.metadata, path)
     found, stated = fingerprint(network), reference.get("fingerprint")
     if stated not in (None, found) and not any_trunk:
         made_for = reference.get("repo", "another trunk")
         raise CheckpointError(
             f"the trunk of {path} must have the fingerprint {stated[:12]} ({made_for}), got {found[:12]} in "
-            f"{folder}; the file was made for another trunk, pass that one"
+            f"{source}; the file was made for another trunk, pass that one"
         )
-    model.attach(network.eval())
-    return loaded
+    cast("Exo", loaded.model).attach(network.eval())
 
 
 def save_exo(
@@ -145,7 +164,9 @@ def fingerprint(trunk: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def find_folder(source: str | Path, *, revision: str | None = None, may_download: bool = False) -> Path:
+def find_folder(
+    source: str | Path, *, revision: str | None = None, may_download: bool = False, what: str = "trunk"
+) -> Path:
     """Return the folder of a checkpoint: the source itself, or the repository's in the Hugging Face cache.
 
     Raises: CheckpointError if it is neither, and may not or cannot be fetched.
@@ -158,8 +179,8 @@ def find_folder(source: str | Path, *, revision: str | None = None, may_download
         return Path(snapshot_download(str(source), revision=revision, local_files_only=not may_download))
     except (OSError, ValueError) as err:  # what the library raises for names, caches and connections
         raise CheckpointError(
-            f"the trunk {source} must be a folder, or a repository in the Hugging Face cache, got neither "
-            f"({type(err).__name__}); pass trunk=FOLDER or may_download=True"
+            f"the {what} {source} must be a folder, or a repository in the Hugging Face cache, got neither "
+            f"({type(err).__name__}); pass a {what}'s folder or may_download=True"
         ) from err
 
 

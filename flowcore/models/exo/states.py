@@ -1,10 +1,12 @@
 """What Exo keeps of prompts and pictures between steps, and what a step yields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 
 from .blocks import KeysValuesPair
 from .edit_head import Edit
@@ -42,6 +44,73 @@ class PrefixState:
     def repeat(self, batch: int) -> "PrefixState":
         """Return the state of one sample for `batch` of them."""
         return self.map(lambda part: part.repeat_interleave(batch, dim=0))
+
+    def rows(self, start: int, stop: int) -> "PrefixState":
+        """Return the state of some of the samples: views, not copies."""
+        return self.map(lambda part: part[start:stop])
+
+    def split(self) -> list["PrefixState"]:
+        """Return the state of each sample alone, without padding and room; copies, not views."""
+        return [self._alone(row) for row in range(len(self.keep))]
+
+    def _alone(self, row: int) -> "PrefixState":
+        length = int(self.keep[row].sum())
+
+        def cut(part: Tensor) -> Tensor:
+            return part[row : row + 1, :, :length].clone()
+
+        layers = tuple(KeysValues(*map(cut, layer)) for layer in self.past.layers)
+        return replace(
+            self,
+            past=Past(layers, length),
+            reads=tuple(KeysValuesPair(*map(cut, read)) for read in self.reads),
+            keep=self.keep[row : row + 1, :length].clone(),
+            first_position=self.first_position[row : row + 1].clone(),
+            features=None if self.features is None else self.features[row : row + 1].clone(),
+        )
+
+
+def join_prefixes(parts: Sequence[PrefixState], *, room: int = 0) -> PrefixState:
+    """Return states of one size as that of a batch, padded at the right to the longest prompt.
+
+    room: rows for the suffixes of a step behind each prompt, so that steps need not copy what they add to.
+    """
+    length = max(part.past.length for part in parts)
+
+    def joined(tensors: Sequence[Tensor], rows: int) -> Tensor:
+        return torch.cat([functional.pad(t, (0, 0, 0, rows - t.shape[2])) for t in tensors])
+
+    def used(layer: int, which: int) -> list[Tensor]:
+        return [part.past.layers[layer][which][:, :, : part.past.length] for part in parts]
+
+    first = parts[0]
+    layers = tuple(
+        KeysValues(*(joined(used(layer, which), length + room) for which in (0, 1)))
+        for layer in range(len(first.past.layers))
+    )
+    reads = tuple(
+        KeysValuesPair(*(joined([part.reads[block][which] for part in parts], length) for which in (0, 1)))
+        for block in range(len(first.reads))
+    )
+    keep = torch.cat([functional.pad(p.keep, (0, length - p.keep.shape[1])) for p in parts])
+    return replace(
+        first,
+        past=Past(layers, length),
+        reads=reads,
+        keep=keep,
+        first_position=torch.cat([part.first_position for part in parts]),
+        features=_joined_features(parts),
+    )
+
+
+def _joined_features(parts: Sequence[PrefixState]) -> Tensor | None:
+    """Return the features of all samples, zero for those without a picture; None without any."""
+    like = next((part.features for part in parts if part.features is not None), None)
+    if like is None:
+        return None
+    empty = [like.new_zeros(len(part.keep), *like.shape[1:]) for part in parts]
+    present = [part.features for part in parts]
+    return torch.cat([zeros if f is None else f for f, zeros in zip(present, empty, strict=True)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,96 @@
+"""From an Exo file to a pipeline: its trunk, what reads its prompts, its autoencoder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from ..errors import CheckpointError
+from ..models.exo import Exo
+from ..models.exo.trunk_config import BYTE_TOKENS
+from ..parts import Source, part_source
+from ..text.qwen3_vl import ByteTokenizer, ChatTokenizer, PromptReader, Tokenizer
+from ..weights.checkpoint import LoadedModel
+from ..weights.exo import attach_trunk, find_folder, load_trunk, trunk_folder
+
+_BYTE_IMAGE = 256 + BYTE_TOKENS.index("<|image_pad|>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkOptions:
+    """How the trunk of an Exo model is loaded.
+
+    may_download: whether a repository that is not in the Hugging Face cache may be fetched.
+    """
+
+    may_download: bool = False
+
+
+def give_trunk(
+    loaded: LoadedModel,
+    path: Path,
+    *,
+    trunk: Source | None,
+    options: TrunkOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PromptReader:
+    """Attach the trunk that a file names, unless it holds it; return what reads prompts for it.
+
+    trunk: folder or repository; None = what the file names. Of a file that holds its trunk, it is where the
+    processor is; the small trunks read bytes and need none.
+    Raises: CheckpointError on one line, naming the file.
+    """
+    model = cast("Exo", loaded.model)
+    if model.config.embeds_trunk:
+        tokenizer = _own_tokenizer(model, trunk, path)
+    else:
+        folder = trunk_folder(loaded, path, trunk=trunk, may_download=options.may_download)
+        tokenizer = _byte_tokenizer(model) or ChatTokenizer(folder)
+        network = load_trunk(folder, device=device, dtype=dtype)
+        attach_trunk(loaded, path, network, source=str(folder))
+    patch = int(model.config.trunk["vision_config"]["patch_size"])
+    return PromptReader(tokenizer, f"exo-{type(tokenizer).__name__}", patch=patch)
+
+
+def vae_source(
+    given: Source | None, metadata: Mapping[str, str], model: Path, *, may_download: bool = False
+) -> str:
+    """Return where the autoencoder is: the argument, else what the file names, as a file or as a repository.
+
+    Raises: CheckpointError if it is nowhere.
+    """
+    stated = metadata.get("exo.vae")
+    if given is not None or "flowcore.vae" in metadata or stated is None:
+        return part_source("vae", given, metadata, model)
+    try:
+        place = json.loads(stated)
+        repo, subfolder = str(place["repo"]), str(place.get("subfolder") or "")
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(
+            f"exo.vae in {model.name} must be JSON with a repo, got {stated[:60]!r}"
+        ) from err
+    return str(find_folder(repo, may_download=may_download, what="VAE") / subfolder)
+
+
+def _own_tokenizer(model: Exo, trunk: Source | None, path: Path) -> Tokenizer:
+    """Return the tokenizer for a trunk that lies in the model's file."""
+    reads_bytes = _byte_tokenizer(model)
+    if reads_bytes is not None:
+        return reads_bytes
+    if trunk is None:
+        raise CheckpointError(
+            f"{path.name} holds a trunk that must come with its processor, got none; pass the folder of its "
+            "tokenizer with text_encoder= (--text-encoder)"
+        )
+    return ChatTokenizer(find_folder(trunk))
+
+
+def _byte_tokenizer(model: Exo) -> ByteTokenizer | None:
+    """Return the tokenizer of a small trunk; None for others."""
+    if model.config.trunk["image_token_id"] != _BYTE_IMAGE:
+        return None
+    return ByteTokenizer(model.config.words)

@@ -1,0 +1,315 @@
+"""Prompt and picture to picture with Exo: the trunk reads them once, steps refine, masks say what changed."""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from ..errors import ConfigError
+from ..flow.guidance import guided_pair
+from ..flow.masking import restore_kept
+from ..flow.path import VelocityFn
+from ..flow.schedule import flux2_mu
+from ..flow.steps import StepCallback
+from ..images import add_settings, image_to_tensor
+from ..layers.attention import find_attention
+from ..models.exo import Exo, PrefixState, StepResult, join_prefixes
+from ..models.exo.config import MAX_ITERATIONS
+from ..ops import Runtime
+from ..parts import Source, load_model_vae
+from ..pipeline import Pipeline
+from ..settings import Settings, check_request, whole_size
+from ..text.qwen3_vl import PromptReader
+from ..vae.tiling import tiling_of
+from ..weights.checkpoint import LoadedModel
+from .loading import TrunkOptions, give_trunk, vae_source
+from .masks import preserving
+from .prefixes import PrefixCache, prompt_keys, weights_key
+from .settings import ExoSettings
+from .trace import ExoInfo, Trace
+
+_TOKEN = 16
+"""Pixels on a side of an image token, by whose number the schedule of FLUX.2 goes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """A picture with its settings attached, and what its run left."""
+
+    image: Image.Image
+    info: ExoInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExoPipeline(Pipeline):
+    """An Exo with its autoencoder. Its text encoder is its own trunk, which looks at pictures, too.
+
+    prefixes: what the trunk made of the latest prompts.
+    """
+
+    settings_type: ClassVar[type[Settings]] = ExoSettings
+    fallback_side: ClassVar[int] = 1024
+    fallback_shift: ClassVar[float] = 3.0
+
+    text_encoder: PromptReader
+    prefixes: PrefixCache = field(default_factory=PrefixCache)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        trunk: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        attn: str = "auto",
+    ) -> "ExoPipeline":
+        """Return the pipeline of an Exo file; trunk: folder or repository, None = what the file names.
+
+        `from_files` has further options, and says what these are.
+        Raises: CheckpointError or ConfigError, naming the file or the argument.
+        """
+        found = Pipeline.from_files(path, text_encoder=trunk, dtype=dtype, device=device, attention=attn)
+        if not isinstance(found, ExoPipeline):
+            raise ConfigError(f"{path} must be an Exo file, got a {found.model.architecture.name} model")
+        return found
+
+    @property
+    def exo(self) -> Exo:
+        """The network."""
+        return cast("Exo", self.model.model)
+
+    def sized(self, settings: Settings, image: Image.Image | None = None) -> ExoSettings:
+        """Return the settings as Exo's, with size and shift, as `Pipeline.sized`."""
+        found = ExoSettings.of(Pipeline.sized(self, ExoSettings.of(settings), image))
+        if found.schedule != "flux2":
+            return found
+        width, height = whole_size(found)
+        tokens = (width // _TOKEN) * (height // _TOKEN)
+        return replace(found, shift=math.exp(flux2_mu(tokens, found.num_steps)))
+
+    def encode_prompt(
+        self, prompts: Sequence[str], images: Tensor | None = None, *, size: tuple[int, int]
+    ) -> PrefixState:
+        """Return what prompts and pictures amount to for all steps, from the cache where it is there.
+
+        Args:
+            prompts: one or more; the empty one leads guidance.
+            images: a picture for each prompt, `b 3 y x` in [-1, 1].
+            size: height and width in pixels of the pictures to be made.
+
+        Raises: ConfigError for a size that is no multiple of the latent cell.
+        """
+        cell = self.vae.spec.downscale
+        if size[0] % cell or size[1] % cell:
+            raise ConfigError(f"height and width must be multiples of {cell}, got {size[0]} and {size[1]}")
+        latents = (size[0] // cell, size[1] // cell)
+        told = self.text_encoder.read(prompts, images).to(self.device)
+        place: Hashable = (weights_key(self.exo), latents, self.dtype)
+        keys = [(place, key) for key in prompt_keys(told)]
+        parts = self.prefixes.get(keys, partial(self._read, told, latents))
+        return join_prefixes(parts, room=MAX_ITERATIONS * self.exo.config.suffix_length)
+
+    def step(self, z: Tensor, t: Tensor, prefix: PrefixState, *, iters: int = 4) -> StepResult:
+        """Return velocity, estimates and edits of noised latents `b c h w` at times `b`, 1 = noise.
+
+        The latents are cast to what the model computes in. Raises: as `Exo.step`.
+        """
+        return self.exo.step(
+            z.to(self.device, self.dtype), t.to(self.device), prefix, iterations=iters, runtime=self.runtime
+        )
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the blocks are computed."""
+        return Runtime(attention=find_attention(self.attention))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings | None = None,
+        *,
+        init_image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        callback: StepCallback | None = None,
+    ) -> list[Image.Image]:
+        """Return the pictures of `refine`, all from one initial image, as `Pipeline.generate`."""
+        images = None if init_image is None else [init_image] * len(prompts)
+        made = self.refine(prompts, seeds, settings, init_images=images, mask=mask, callback=callback)
+        return [one.image for one in made]
+
+    def refine(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings | None = None,
+        *,
+        init_images: Sequence[Image.Image] | None = None,
+        mask: Image.Image | None = None,
+        callback: StepCallback | None = None,
+    ) -> list[Refined]:
+        """Return a picture and the masks of its edits for each prompt and seed.
+
+        Args:
+            prompts: one text for each picture.
+            seeds: one number for each picture.
+            settings: None = the defaults.
+            init_images: one for each picture, resized to one size: the trunk looks at it, and with a strength
+                below 1 the run starts from it.
+            mask: white where the initial images are replaced; resized to the size.
+            callback: told of every step.
+
+        Raises: ConfigError that names the setting.
+        """
+        first = init_images[0] if init_images else None
+        sized = self.sized(settings or self.settings_type(), first)
+        check_request(prompts, seeds, sized, has_clean=init_images is not None, has_mask=mask is not None)
+        if init_images is not None and len(init_images) != len(prompts):
+            raise ConfigError(
+                f"initial images must be one for each of {len(prompts)} prompts, got {len(init_images)}"
+            )
+        if sized.preserve and init_images is None:
+            raise ConfigError(
+                f"preserve must be 0 without an initial image, got {sized.preserve}; pass init_image (--init)"
+            )
+        trace = Trace(self.device)
+        pictures = None
+        if init_images is not None:
+            pictures = torch.cat([image_to_tensor(image, *whole_size(sized)) for image in init_images])
+        keep = None if mask is None else self.encode_mask(mask, sized)
+        latents = self.sample_refined(
+            prompts, seeds, sized, trace=trace, pictures=pictures, mask=keep, callback=callback
+        )
+        with trace.timed("decode"):
+            images = self.decode(latents)
+        rows, columns = latents.shape[-2:]
+        infos = trace.infos((rows, columns), self.vae.spec.downscale, seeds)
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            add_settings(image, {"prompt": prompt, "seed": seed, **self.describe(sized)})
+        return [Refined(image=image, info=info) for image, info in zip(images, infos, strict=True)]
+
+    @torch.inference_mode()
+    def sample_refined(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: ExoSettings,
+        *,
+        trace: Trace,
+        pictures: Tensor | None = None,
+        mask: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Return model-space latents `b c h w`, float32, and leave masks and timings in the trace.
+
+        pictures: initial images `b 3 y x` in [-1, 1], of the size of the settings; mask: `1 1 h w` or `b 1 h
+        w`, 1 = generate. The rest is as in `refine`, where arguments are checked.
+        """
+        clean = None
+        if pictures is not None and (settings.strength < 1 or settings.preserve or mask is not None):
+            with trace.timed("encode image"):
+                clean = self.vae.encode(pictures).to(self.device)
+        with trace.timed("read prompt"):
+            velocity = self.guided_velocity(prompts, settings, pictures=pictures, trace=trace)
+        width, height = whole_size(settings)
+        cell = self.vae.spec.downscale
+        last = partial(trace.last_stretched, (height // cell, width // cell))
+        if clean is not None and settings.preserve:
+            velocity = preserving(velocity, last, clean, settings.preserve)
+        with trace.timed("steps"):
+            latents = self.integrate(velocity, seeds, settings, clean=clean, mask=mask, callback=callback)
+        if clean is None or settings.preserve != 1:
+            return latents
+        return restore_kept(latents, last(), clean)
+
+    def guided_velocity(
+        self,
+        prompts: Sequence[str],
+        settings: Settings,
+        *,
+        pictures: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> VelocityFn:
+        """Return the velocity under guidance for a batch of prompts; both branches are one batch of steps.
+
+        The branch without the prompt has the same pictures. Masks of the other one go to the trace.
+        """
+        chosen, count = self.sized(settings), len(prompts)
+        texts = list(prompts)
+        if chosen.cfg_scale != 1:
+            texts += [chosen.negative_prompt] * count
+        images = None if pictures is None else pictures.repeat(len(texts) // count, 1, 1, 1)
+        both = self.encode_prompt(texts, images, size=whole_size(chosen)[::-1])
+        conditional = both.rows(0, count)
+
+        def velocity(x: Tensor, sigma: Tensor, prefix: PrefixState) -> Tensor:
+            result = self.step(x, sigma, prefix, iters=chosen.iterations)
+            if trace is not None:
+                trace.record(result, count)
+            return result.velocity.to(x.dtype)
+
+        def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+            return first, second
+
+        return guided_pair(
+            pair,
+            lambda x, sigma: velocity(x, sigma, conditional),
+            chosen.cfg_scale,
+            interval=None if chosen.cfg_interval == (0.0, 1.0) else chosen.cfg_interval,
+            combine=chosen.guidance_rule(),
+        )
+
+    def _read(self, told: Conditioning, size: tuple[int, int], rows: list[int]) -> list[PrefixState]:
+        """Return the states of some of the prompts, one sample each."""
+        assert told.context is not None
+        index = torch.tensor(rows, device=told.context.device)
+        extras = {name: part[index] for name, part in told.extras.items()}
+        mask = None if told.context_mask is None else told.context_mask[index]
+        with torch.inference_mode():
+            state = self.exo.encode(
+                told.context[index, :, 0], mask, size=size, dtype=self.dtype, runtime=self.runtime, **extras
+            )
+            return state.split()
+
+
+def from_loaded(
+    loaded: LoadedModel,
+    name: Source,
+    path: Path,
+    *,
+    vae: Source | None,
+    trunk: Source | Sequence[Source] | None,
+    options: TrunkOptions | None,
+    attention: str,
+    tile: int | None,
+) -> ExoPipeline:
+    """Return the pipeline of a model that has been read from a path; the rest is as in `Pipeline.from_files`.
+
+    Raises: CheckpointError or ConfigError, naming the file or the argument.
+    """
+    if trunk is not None and not isinstance(trunk, str | Path):
+        raise ConfigError(
+            f"the text encoder of an exo model must be its trunk alone, got {len(trunk)} sources"
+        )
+    device = next(loaded.model.parameters()).device
+    dtype = next(loaded.model.parameters()).dtype
+    chosen = options or TrunkOptions()
+    autoencoder = vae_source(vae, loaded.metadata, path, may_download=chosen.may_download)
+    reader = give_trunk(loaded, path, trunk=trunk, options=chosen, device=device, dtype=dtype)
+    sources = {"model": str(name), "vae": autoencoder}
+    return ExoPipeline(
+        model=loaded,
+        text_encoder=reader,
+        vae=load_model_vae(autoencoder, loaded, path.name, device, tiling_of(tile)),
+        attention=attention,
+        sources=sources if trunk is None else {**sources, "text_encoder": str(trunk)},
+    )
