@@ -1,4 +1,4 @@
-"""The judge's table for the bundled demo models: `python -m training.compare`."""
+"""The judge's table for the bundled demo models: `python -m training.compare`; and for edits, `--edits`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -18,8 +18,20 @@ from training.files import write_atomic
 from training.scenes import Verdict, accuracy, captions_held_out, judge
 from training.scenes.scene import ObjectCount
 
+if TYPE_CHECKING:
+    from flowcore.pipeline import Pipeline
+    from flowcore.settings import Settings
+
 SEED = 2026
 BATCH = 50
+EDIT_COLUMNS = {
+    "mask IoU": ("mask_iou", "{:.3f}"),
+    "pixel IoU": ("pixel_iou", "{:.3f}"),
+    "of true cells": ("pixel_iou_of_cells", "{:.3f}"),
+    "kept dB": ("kept_psnr", "{:.1f}"),
+    "unchanged dB": ("unchanged_psnr", "{:.1f}"),
+    "of VAE": ("vae_psnr", "{:.1f}"),
+}
 KINDS: dict[str, tuple[ObjectCount, ...]] = {"one": ("one",), "two": ("two",), "mixed": ("one", "two")}
 
 
@@ -39,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--steps", type=int, default=20, help="Euler steps (default: 20)")
     made.add_argument("--cfg", type=float, default=2.0, help="guidance scale (default: 2)")
     made.add_argument(
+        "--edits", action="store_true", help="let exo models edit pictures and compare with the true edits"
+    )
+    made.add_argument(
+        "--preserve",
+        type=float,
+        default=1.0,
+        help="with --edits: share by which stays what no mask marks (default: 1)",
+    )
+    made.add_argument(
+        "--iterations", metavar="T,T...", help="refinements a step of exo models, a row for each number"
+    )
+    made.add_argument(
         "--vae", metavar="NAME", help="judge true pictures after this autoencoder instead (scenes-vae)"
     )
     made.add_argument(
@@ -53,9 +77,21 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--count must be at least {len(KINDS[arguments.objects])}, got {arguments.count}")
     if arguments.vae:
         return _report(arguments, {arguments.vae: measure_vae(arguments.vae, arguments)})
-    captions = draw_captions(arguments.count, arguments.objects)
-    results = {name: measure(name, captions, arguments) for name in arguments.models or bundled_models()}
+    counts = parse_iterations(arguments.iterations)
+    results: dict[str, dict[str, Any]] = {}
+    for name in arguments.models or bundled_models(exo_only=arguments.edits or counts != [None]):
+        results |= measure(name, counts, arguments)
     return _report(arguments, results)
+
+
+def parse_iterations(text: str | None) -> list[int | None]:
+    """The numbers of a list such as 1,2,4; the model's own for none. Raises: ConfigError."""
+    if text is None:
+        return [None]
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"--iterations must be numbers with commas, such as 1,2,4, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> int:
@@ -74,11 +110,16 @@ def draw_captions(count: int, objects: str) -> list[str]:
     ]
 
 
-def bundled_models() -> list[str]:
-    """Names of the bundled diffusion models."""
+def bundled_models(*, exo_only: bool = False) -> list[str]:
+    """Names of the bundled diffusion models. Raises: ConfigError if there are none."""
     from flowcore.assets import list_builtin
 
-    return [name for name in list_builtin() if name.endswith("-demo")]
+    names = [
+        name for name in list_builtin() if name.endswith("-demo") and (name.startswith("exo") or not exo_only)
+    ]
+    if not names:
+        raise ConfigError("--models must name an exo model, for none is bundled, got none")
+    return names
 
 
 def title(name: str) -> str:
@@ -87,14 +128,72 @@ def title(name: str) -> str:
     return path.parent.name if path.name == "model.safetensors" and path.parent.name else path.stem
 
 
-def measure(name: str, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy, size and speed of one model over the captions."""
+def measure(
+    name: str, counts: Sequence[int | None], arguments: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Accuracy, size and speed of one model, for each number of iterations (None = its own)."""
     from flowcore.pipeline import Pipeline
-    from flowcore.settings import Settings
 
     pipeline = Pipeline.from_files(name)
-    settings = Settings(num_steps=arguments.steps, cfg_scale=arguments.cfg)
-    folder = arguments.images / title(name) if arguments.images else None
+    metadata = pipeline.model.metadata
+    results = {}
+    for count in counts:
+        settings = sampling_of(pipeline, count, arguments)
+        label = name if count is None else f"{name} T={count}"
+        folder = arguments.images and arguments.images / (title(name) + label.removeprefix(name))
+        results[label] = {
+            "model": name,
+            "iterations": getattr(settings, "iterations", None),
+            **_shares(pipeline, settings, label, folder, arguments),
+            "parameters": sum(p.numel() for p in pipeline.model.model.parameters()),
+            "train_seconds": _number(metadata.get("flowcore.train_seconds")),
+            "train_flops": _number(metadata.get("flowcore.train_flops")),
+        }
+    return results
+
+
+def sampling_of(pipeline: Pipeline, count: int | None, arguments: argparse.Namespace) -> Settings:
+    """The settings of a row. Raises: ConfigError if they are not for this model."""
+    from flowcore.exo import ExoPipeline
+
+    own: dict[str, Any] = {} if count is None else {"iterations": count}
+    if arguments.edits:
+        own["preserve"] = arguments.preserve
+    if own and not isinstance(pipeline, ExoPipeline):
+        option = "--edits" if arguments.edits else "--iterations"
+        raise ConfigError(f"{option} must be for exo models, got a {pipeline.model.architecture.name} model")
+    return pipeline.settings_type(num_steps=arguments.steps, cfg_scale=arguments.cfg, **own)
+
+
+def _shares(
+    pipeline: Pipeline, settings: Settings, label: str, folder: Path | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What the judge says of edits, or of pictures of captions."""
+    if not arguments.edits:
+        return measure_captions(
+            pipeline, draw_captions(arguments.count, arguments.objects), settings, label, folder
+        )
+    from flowcore.exo import ExoPipeline, ExoSettings
+    from training.edit_quality import measure_edits
+
+    assert isinstance(pipeline, ExoPipeline)
+    assert isinstance(settings, ExoSettings)
+    return measure_edits(
+        pipeline,
+        arguments.count,
+        SEED,
+        settings,
+        batch=BATCH,
+        objects=arguments.objects,
+        name=label,
+        folder=folder,
+    )
+
+
+def measure_captions(
+    pipeline: Pipeline, captions: Sequence[str], settings: Settings, name: str, folder: Path | None = None
+) -> dict[str, Any]:
+    """Accuracy over captions, and seconds; pictures are kept in the folder."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     verdicts: list[Verdict] = []
@@ -109,7 +208,6 @@ def measure(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
             if folder:
                 picture.save(folder / f"{number:06d}.png")
                 (folder / f"{number:06d}.txt").write_text(caption + "\n", encoding="utf-8")
-    metadata = pipeline.model.metadata
     related = [v for v in verdicts if v["relation"] is not None]
     return {
         "count": len(captions),
@@ -117,10 +215,7 @@ def measure(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
         "relation_and_color": sum(bool(v["relation"] and v["color"]) for v in related) / len(related)
         if related
         else None,
-        "parameters": sum(p.numel() for p in pipeline.model.model.parameters()),
         "seconds_per_image": seconds / len(captions),
-        "train_seconds": _number(metadata.get("flowcore.train_seconds")),
-        "train_flops": _number(metadata.get("flowcore.train_flops")),
     }
 
 
@@ -172,10 +267,12 @@ def _cells(name: str, result: dict[str, Any]) -> dict[str, str]:
     shares = {**result["accuracy"], "relation and color": result.get("relation_and_color")}
     minutes = result.get("train_seconds") and result["train_seconds"] / 60
     return {
-        "model": title(name),
+        "model": title(result.get("model", name)),
+        "T": _format(result.get("iterations"), "{}"),
         "captions": str(result["count"]),
         **{title: _format(share and share * 100, "{:.1f}") for title, share in shares.items()},
         "PSNR dB": _format(result.get("psnr"), "{:.1f}"),
+        **{title: _format(result.get(key), form) for title, (key, form) in EDIT_COLUMNS.items()},
         "parameters": _format(result["parameters"] / 1e6, "{:.2f} M"),
         "s / image": _format(result["seconds_per_image"], "{:.2f}"),
         "training min": _format(minutes, "{:.0f}"),
