@@ -5,35 +5,29 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 the run failed, 
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from .command_line import DONE, FAILED, UNUSABLE, Command, Parser
+from .commands import COMMANDS
 from .errors import FlowCoreError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .flow.steps import StepCallback, StepState
+    from .pipeline import Pipeline
     from .settings import Settings
     from .vae.tiling import TileCallback
 
-DONE, FAILED, UNUSABLE = 0, 1, 2
 BATCH = 4
 """Pictures sampled at once."""
-DEFAULT_STRENGTH = 0.6
-"""Of --init without --mask and --strength."""
-
-Command = Callable[[argparse.Namespace], int]
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, on one line, and exit with 2."""
-        self.exit(UNUSABLE, f"error: {' '.join(message.split())}; see python -m flowcore --help\n")
+EXO_SETTINGS = ("iterations", "preserve", "eta", "schedule")
+"""Options that models other than exo do not have."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +83,7 @@ def picture_parser() -> Parser:
         nargs="+",
         metavar="NAME|FILE",
         help="text encoder, or those of tokens and pooled vector, and their tokenizers where they have none "
-        "with them (what the model file names)",
+        "with them; the trunk of an exo model (what the model file names)",
     )
     add("--text-mode", choices=("sequence", "pooled"), help="one token a word, or one vector (the model's)")
     _add_sampling(parser.add_argument_group("sampling").add_argument)
@@ -99,9 +93,10 @@ def picture_parser() -> Parser:
         "--strength",
         type=float,
         metavar="X",
-        help="how far it is taken back to noise, in (0, 1] (0.6; with --mask 1)",
+        help="how far it is taken back to noise, in (0, 1] (0.6; 1 with --mask, and for exo)",
     )
     add("--mask", metavar="IMAGE", help="white where the picture is replaced, black where it is kept")
+    _add_exo(parser.add_argument_group("exo models").add_argument)
     add = parser.add_argument_group("output and machine").add_argument
     add("--out", metavar="FILE", help="PNG file, replaced if it exists (flowcore-SEED.png, never replaced)")
     add("--count", type=int, default=1, metavar="N", help="pictures, with the seeds SEED, SEED + 1, ... (1)")
@@ -136,8 +131,8 @@ def _add_sampling(add: Callable[..., argparse.Action]) -> None:
         metavar="NAME",
         help="euler, heun, midpoint, rk4, dpmpp_2m, ddim, ... (euler)",
     )
-    add("--shift", type=float, default=1.0, metavar="X", help="above 1: more steps at high noise (1)")
-    add("--cfg", type=float, default=2.0, metavar="X", help="guidance scale, 1 = none (2)")
+    add("--shift", type=float, metavar="X", help="above 1: more steps at high noise (the model's own)")
+    add("--cfg", type=float, metavar="X", help="guidance scale, 1 = none (2; exo 4)")
     add(
         "--cfg-rescale",
         type=float,
@@ -158,6 +153,20 @@ def _add_sampling(add: Callable[..., argparse.Action]) -> None:
     )
 
 
+def _add_exo(add: Callable[..., argparse.Action]) -> None:
+    """Add the options of exo models."""
+    add("--iterations", type=int, metavar="T", help="refinements in each step, 1 to 8 (4)")
+    add(
+        "--preserve",
+        type=float,
+        metavar="X",
+        help="0 to 1: keep what no edit marks as it is in the picture of --init (0)",
+    )
+    add("--eta", type=float, metavar="X", help="0 to 1: new noise in each step (0)")
+    add("--schedule", metavar="NAME", help="shift, or flux2, whose shift follows from size and steps (shift)")
+    add("--mask-out", metavar="FILE", help="PNG file for the mask of the edits, white = edited")
+
+
 def picture(options: argparse.Namespace) -> int:
     """Make the pictures and print their paths."""
     from . import images
@@ -167,11 +176,34 @@ def picture(options: argparse.Namespace) -> int:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
     seeds = list(range(options.seed, options.seed + options.count))
     targets = [target_path(options.out, seed, options.count) for seed in seeds]
-    settings = settings_of(options)
+    check_early(options)
     init, mask = (images.read_image(path) if path else None for path in (options.init, options.mask))
+    pipeline = open_pipeline(options)
+    settings = settings_of(options, pipeline.settings_type, pipeline.model.architecture.name)
+    pipeline.vae.on_tile = None if options.quiet else tile_progress()
+    unknown = pipeline.text_encoder.unknown_words(options.prompt)
+    if unknown:
+        print(f"note: the text encoder does not know {', '.join(unknown)}", file=sys.stderr)
+    command = shlex.join(["python", "-m", "flowcore", *options.words])
+    for start in range(0, len(seeds), BATCH):
+        some = seeds[start : start + BATCH]
+        with progress(settings.num_steps, f"pictures {start + 1}-{start + len(some)}", options.quiet) as step:
+            made = make(pipeline, options.prompt, some, settings, init=init, mask=mask, callback=step)
+        for (image, edits), target, seed in zip(made, targets[start : start + BATCH], some, strict=True):
+            images.add_settings(image, {"command": command, "init": options.init, "mask": options.mask})
+            print(images.save_image(image, target), flush=True)
+            if options.mask_out and edits is not None:
+                print(
+                    images.save_image(edits, target_path(options.mask_out, seed, options.count)), flush=True
+                )
+    return DONE
+
+
+def open_pipeline(options: argparse.Namespace) -> "Pipeline":
+    """Return the pipeline that the options ask for."""
     from .pipeline import Pipeline  # only now: it takes seconds
 
-    pipeline = Pipeline.from_files(
+    return Pipeline.from_files(
         options.model,
         vae=options.vae,
         text_encoder=options.text_encoder,
@@ -181,43 +213,76 @@ def picture(options: argparse.Namespace) -> int:
         tile=options.tile,
         attention=options.attention,
     )
-    pipeline.vae.on_tile = None if options.quiet else tile_progress()
-    unknown = pipeline.text_encoder.unknown_words(options.prompt)
-    if unknown:
-        print(f"note: the text encoder does not know {', '.join(unknown)}", file=sys.stderr)
-    command = shlex.join(["python", "-m", "flowcore", *options.words])
-    for start in range(0, len(seeds), BATCH):
-        some = seeds[start : start + BATCH]
-        with progress(settings.num_steps, f"pictures {start + 1}-{start + len(some)}", options.quiet) as step:
-            made = pipeline.generate(
-                [options.prompt] * len(some), some, settings, init_image=init, mask=mask, callback=step
-            )
-        for image, target in zip(made, targets[start : start + BATCH], strict=True):
-            images.add_settings(image, {"command": command, "init": options.init, "mask": options.mask})
-            print(images.save_image(image, target), flush=True)
-    return DONE
 
 
-def settings_of(options: argparse.Namespace) -> "Settings":
-    """Return the settings that the options ask for."""
+def make(
+    pipeline: "Pipeline",
+    prompt: str,
+    seeds: Sequence[int],
+    settings: "Settings",
+    *,
+    init: "Image.Image | None",
+    mask: "Image.Image | None",
+    callback: "StepCallback",
+) -> "list[tuple[Image.Image, Image.Image | None]]":
+    """Return a picture for each seed, and the mask of its edits where the model gives one."""
+    from .exo import ExoPipeline
+
+    prompts = [prompt] * len(seeds)
+    if not isinstance(pipeline, ExoPipeline):
+        found = pipeline.generate(prompts, seeds, settings, init_image=init, mask=mask, callback=callback)
+        return [(image, None) for image in found]
+    inits = None if init is None else [init] * len(seeds)
+    refined = pipeline.refine(prompts, seeds, settings, init_images=inits, mask=mask, callback=callback)
+    return [(one.image, one.info.mask_image()) for one in refined]
+
+
+def check_early(options: argparse.Namespace) -> None:
+    """Check the settings before anything is loaded. Raises: ConfigError."""
+    from .images import png_path
     from .settings import Settings
 
-    strength = options.strength
-    if strength is None:
-        strength = DEFAULT_STRENGTH if options.init and not options.mask else 1.0
-    return Settings(
-        negative_prompt=options.negative,
-        width=options.width,
-        height=options.height,
-        num_steps=options.steps,
-        cfg_scale=options.cfg,
-        cfg_rescale=options.cfg_rescale,
-        cfg_zero=options.cfg_zero,
-        cfg_interval=(options.cfg_interval[0], options.cfg_interval[1]),
-        solver=options.solver,
-        shift=options.shift,
-        strength=strength,
-    )
+    if options.mask_out is not None:
+        png_path(options.mask_out)
+    if any(getattr(options, name) is not None for name in EXO_SETTINGS):
+        from .exo import ExoSettings
+
+        settings_of(options, ExoSettings, "exo")
+    else:
+        settings_of(options, Settings, "any")
+
+
+def settings_of(options: argparse.Namespace, kind: "type[Settings]", model: str) -> "Settings":
+    """Return the settings that the options ask for; what is not given is as the kind has it.
+
+    Raises: ConfigError for a value out of range, and for an option that the model does not have.
+    """
+    from .errors import ConfigError
+
+    given = {
+        "negative_prompt": options.negative,
+        "width": options.width,
+        "height": options.height,
+        "num_steps": options.steps,
+        "cfg_scale": options.cfg,
+        "cfg_rescale": options.cfg_rescale,
+        "cfg_zero": options.cfg_zero,
+        "cfg_interval": (options.cfg_interval[0], options.cfg_interval[1]),
+        "solver": options.solver,
+        "shift": options.shift,
+        "strength": options.strength,
+        **{name: getattr(options, name) for name in EXO_SETTINGS},
+    }
+    if options.strength is None and options.init and not options.mask:
+        given["strength"] = kind.init_strength
+    chosen = {name: value for name, value in given.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(kind)}
+    foreign = [name for name in chosen if name not in known]
+    if options.mask_out is not None and "iterations" not in known and model != "any":
+        foreign.append("mask_out")
+    if foreign:
+        raise ConfigError(f"--{foreign[0].replace('_', '-')} must go with an exo model, got {model}")
+    return kind(**chosen)
 
 
 def target_path(out: str | None, seed: int, count: int) -> Path:
@@ -259,78 +324,6 @@ def tile_progress() -> "TileCallback":
             bars.pop().close()
 
     return done
-
-
-def inspect(options: argparse.Namespace) -> int:
-    """Print what a file is, as JSON."""
-    from .inspection import describe_file
-
-    print(json.dumps(describe_file(options.file), indent=2, ensure_ascii=False))
-    return DONE
-
-
-def convert(options: argparse.Namespace) -> int:
-    """Write a model's tensors under other names, and print what was written."""
-    from .inspection import convert_file
-
-    print(convert_file(options.source, options.target, options.layout))
-    return DONE
-
-
-def inspect_parser() -> Parser:
-    """Return the options of `python -m flowcore inspect`."""
-    parser = Parser(
-        prog="python -m flowcore inspect",
-        description="Say what a weight file holds, or with which settings a picture was made, as JSON.",
-    )
-    parser.add_argument("file", metavar="FILE", help="weight file, folder, bundled name, or PNG picture")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def convert_parser() -> Parser:
-    """Return the options of `python -m flowcore convert`."""
-    parser = Parser(
-        prog="python -m flowcore convert",
-        description="Write the tensors of a model file under the names that other programs expect.",
-    )
-    parser.add_argument("source", metavar="IN", help="model file or bundled name, in any known layout")
-    parser.add_argument("target", metavar="OUT", help="safetensors file, replaced if it exists")
-    parser.add_argument(
-        "--layout",
-        default="bare",
-        metavar="NAME",
-        help="bare (the original names), or a prefix: diffusion_model, model.diffusion_model, ... (bare)",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def budget(options: argparse.Namespace) -> int:
-    """Print how many parameters each part of an architecture has."""
-    from .models.exo.budget import budget_table
-
-    print(budget_table(options.presets))
-    return DONE
-
-
-def budget_parser() -> Parser:
-    """Return the options of `python -m flowcore budget`."""
-    parser = Parser(
-        prog="python -m flowcore budget",
-        description="Count the parameters of each part, without building anything.",
-    )
-    parser.add_argument("architecture", choices=("exo",), help="exo: the one that is made of many parts")
-    parser.add_argument("presets", nargs="*", metavar="PRESET", help="such as 8b (all)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-COMMANDS: dict[str, tuple[Command, Callable[[], Parser]]] = {
-    "inspect": (inspect, inspect_parser),
-    "convert": (convert, convert_parser),
-    "budget": (budget, budget_parser),
-}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,8 +25,10 @@ class Settings:
     which guidance keeps the spread of the conditional prediction. cfg_zero: CFG-Zero* guidance, whose first
     step leaves the noise as it is. cfg_interval: noise levels between which guidance acts. shift: above 1
     spends more steps at high noise; None = the model's own. strength: share of the way to noise at which an
-    initial image starts.
+    initial image starts; init_strength: what it is with an initial image, unless somebody says otherwise.
     """
+
+    init_strength: ClassVar[float] = 0.6
 
     negative_prompt: str = ""
     width: int | None = None

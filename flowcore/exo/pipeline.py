@@ -296,20 +296,22 @@ def from_loaded(
 
     Raises: CheckpointError or ConfigError, naming the file or the argument.
     """
-    if trunk is not None and not isinstance(trunk, str | Path):
+    folders = [trunk] if trunk is None or isinstance(trunk, str | Path) else list(trunk)
+    if len(folders) != 1:
         raise ConfigError(
-            f"the text encoder of an exo model must be its trunk alone, got {len(trunk)} sources"
+            f"the text encoder of an exo model must be its trunk alone, got {len(folders)} sources"
         )
+    folder = folders[0]
     device = next(loaded.model.parameters()).device
     dtype = next(loaded.model.parameters()).dtype
     chosen = options or TrunkOptions()
     autoencoder = vae_source(vae, loaded.metadata, path, may_download=chosen.may_download)
-    reader = give_trunk(loaded, path, trunk=trunk, options=chosen, device=device, dtype=dtype)
+    reader = give_trunk(loaded, path, trunk=folder, options=chosen, device=device, dtype=dtype)
     sources = {"model": str(name), "vae": autoencoder}
     return ExoPipeline(
         model=loaded,
         text_encoder=reader,
         vae=load_model_vae(autoencoder, loaded, path.name, device, tiling_of(tile)),
         attention=attention,
-        sources=sources if trunk is None else {**sources, "text_encoder": str(trunk)},
+        sources=sources if folder is None else {**sources, "text_encoder": str(folder)},
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class ExoSettings(Settings):
     are one at 0. schedule: "shift", or "flux2", whose shift follows from size and steps. strength: the run
     starts at the first level of the grid that is not above it; below 1 it has fewer steps than num_steps.
     """
+
+    init_strength: ClassVar[float] = 1.0
 
     cfg_scale: float = 4.0
     iterations: int = 4
