@@ -61,7 +61,7 @@ class Layout:
 
     name: str
     is_match: Callable[[Collection[str]], bool]
-    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     export: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None = None
     folder_settings: Callable[[Any], dict[str, Any]] | None = None

@@ -15,7 +15,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..conditioning import Conditioning, TextShape
 from ..errors import CheckpointError, ConfigError
-from ..weights.strict import assign_strict
 from .encoder import NetworkTextEncoder
 from .files import TextFiles, plain_settings
 from .tokens import pad_rows, token_row
@@ -72,7 +71,7 @@ def from_files(files: TextFiles, shape: TextShape | None = None) -> ClipTextEnco
     Raises: CheckpointError or ConfigError, naming the file.
     """
     model = build_network(files.settings or infer_settings(files.state, files.source), source=files.source)
-    assign_strict(model, files.state, source=files.source, what=WHAT)
+    files.assign(model, files.state, what=WHAT)
     embeddings: Any = model.get_submodule("embeddings")
     embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
     return ClipTextEncoder(model, files.tokenizer(), shape)

@@ -48,8 +48,6 @@ class NetworkTextEncoder(ABC):
 
     kind: ClassVar[str]
     """Name of the sort of encoder, as in `TextFiles.kind`."""
-    dtype: ClassVar[torch.dtype | None] = None
-    """What it computes in unless told otherwise; None = as its file is stored."""
     modes: ClassVar[tuple[str, ...]] = ("sequence",)
 
     def __init__(

@@ -3,19 +3,22 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
 from ..assets import resolve
 from ..errors import CheckpointError, ConfigError
 from ..layers.scaled import unscaled
+from ..lazy import LazyTensors, renamed
 from ..weights.atomic import write_tensors
 from ..weights.checkpoint import read_tensors
+from ..weights.strict import assign_strict
 from .kinds import Kind, find_parts
 from .tokens import SPECIAL_TOKENS, tokenizer_from_json
 
@@ -30,18 +33,25 @@ class TextFiles:
 
     settings: as config.json or the file's metadata states them; None = a kind whose tensors tell them.
     padding_side: of the tokenizer, where the files state it.
+    device, dtype: where the weights go, and in which precision; None = as they are.
     """
 
     source: str
     kind: Kind
     settings: dict[str, Any] | None
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     tokenizer_json: str
     padding_side: str | None = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer; CheckpointError if its JSON is not one of the kind."""
         return tokenizer_from_json(self.tokenizer_json, source=self.source, family=self.kind.family)
+
+    def assign(self, network: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+        """Give a network that was built on the meta device its weights. Raises: CheckpointError."""
+        assign_strict(network, state, source=self.source, what=what, device=self.device, dtype=self.dtype)
 
 
 def is_tokenizer(path: Path) -> bool:
@@ -75,8 +85,9 @@ def read_text_files(
     if weights.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(f"{path.name} must be a safetensors file, got a pickle; convert it")
     tensors, metadata = read_tensors(weights)
-    own = tensors.pop(TOKENIZER_TENSOR, None)
-    packed = None if own is None else own.cpu().numpy().tobytes().decode("utf-8")
+    networks = renamed(tensors, {name: name for name in tensors if name != TOKENIZER_TENSOR})
+    own = tensors.get(TOKENIZER_TENSOR)
+    packed = None if own is None else own.numpy().tobytes().decode("utf-8")
     return [
         TextFiles(
             source=path.name,
@@ -86,7 +97,7 @@ def read_text_files(
             state=_without_8_bits(state),
             padding_side=metadata.get("flowcore.padding_side") or _stated_side(path),
         )
-        for kind, state in find_parts(tensors, path.name)
+        for kind, state in find_parts(networks, path.name)
     ]
 
 
@@ -115,12 +126,15 @@ def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _NO_SETTINGS}
 
 
-def _without_8_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_8_bits(state: Mapping[str, Tensor]) -> LazyTensors:
     """Return weights that can be computed with: those of 8 bits in bfloat16, times their scale if any."""
-    return {
-        name: tensor.to(torch.bfloat16) if tensor.dtype in _EIGHT_BITS else tensor
-        for name, tensor in unscaled(state).items()
-    }
+    true = unscaled(state)
+    return LazyTensors(true, {name: partial(_computable, name) for name in true})
+
+
+def _computable(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensors[name]
+    return tensor.to(torch.bfloat16) if tensor.dtype in _EIGHT_BITS else tensor
 
 
 def _settings(kind: Kind, metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ hidden states after the final norm of BOS + text, truncated to 128 tokens, padde
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerF
 
 from ..conditioning import Conditioning, TextShape
 from ..errors import ConfigError
-from ..weights.strict import assign_strict
 from .encoder import NetworkTextEncoder, token_id
 from .files import TextFiles, plain_settings, read_text_files, write_text_file
 from .pooling import pool_states
@@ -33,7 +33,6 @@ class Gemma3TextEncoder(NetworkTextEncoder):
     """
 
     kind = "gemma3"
-    dtype = torch.float32
     modes = ("sequence", "pooled")
 
     def __init__(
@@ -91,20 +90,6 @@ def build_text_model(
     return model.to(dtype=dtype) if dtype is not None else model
 
 
-def assign_text_weights(model: Gemma3TextModel, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Give a network that was built on the meta device its weights and its tables.
-
-    Raises: CheckpointError if a tensor is missing, left over, or of another shape.
-    """
-    assign_strict(model, state, source=source, what=WHAT)
-    for name, module in list(model.named_modules()):
-        if "rotary" in name.rsplit(".", 1)[-1]:
-            model.set_submodule(name, type(module)(module.config))
-    width = float(model.config.hidden_size)
-    if getattr(model.embed_tokens, "embed_scale", None) is not None:
-        model.embed_tokens.embed_scale = torch.tensor(width**0.5)
-
-
 def load_text_encoder(
     path_or_name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Gemma3TextEncoder:
@@ -114,8 +99,8 @@ def load_text_encoder(
     Raises: CheckpointError or ConfigError, naming the file.
     """
     (files,) = read_text_files(path_or_name)
-    encoder = from_files(files)
-    encoder.to(device, dtype)
+    encoder = from_files(replace(files, device=device, dtype=dtype))
+    encoder.to(device)
     return encoder
 
 
@@ -128,7 +113,12 @@ def from_files(files: TextFiles, shape: TextShape | None = None) -> Gemma3TextEn
     if settings.get("model_type") == "gemma3":
         settings = plain_settings(settings["text_config"])
     model = build_text_model(settings, device="meta")
-    assign_text_weights(model, files.state, source=files.source)
+    files.assign(model, files.state, what=WHAT)
+    for name, module in list(model.named_modules()):  # tables, which the meta device left empty
+        if "rotary" in name.rsplit(".", 1)[-1]:
+            model.set_submodule(name, type(module)(module.config))
+    if getattr(model.embed_tokens, "embed_scale", None) is not None:
+        model.embed_tokens.embed_scale = torch.tensor(float(model.config.hidden_size) ** 0.5)
     return Gemma3TextEncoder(model, files.tokenizer(), shape)
 
 

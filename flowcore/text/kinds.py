@@ -4,9 +4,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..lazy import LazyTensors, renamed
 from ..weights.kinds import model_name
 
 
@@ -17,6 +19,7 @@ class Kind:
     name: also that of the module which builds it. title: for messages. markers: bare tensor names by which it
     is known. unused: how bare names begin that encoding does not use. family: of its tokenizers.
     model_types: what a config.json calls it, or the model of which it is a part.
+    dtype: what it computes in unless told otherwise; None = as its file is stored.
     """
 
     name: str
@@ -25,6 +28,7 @@ class Kind:
     unused: tuple[str, ...]
     family: str
     model_types: tuple[str, ...]
+    dtype: torch.dtype | None = None
 
 
 _IMAGE_HALF = ("vision_tower.", "multi_modal_projector.")
@@ -44,6 +48,7 @@ KINDS: tuple[Kind, ...] = (
         unused=(*_IMAGE_HALF, "lm_head."),
         family="Gemma",
         model_types=("gemma3_text", "gemma3"),
+        dtype=torch.float32,
     ),
     Kind(
         name="t5",
@@ -81,7 +86,7 @@ class Part(NamedTuple):
     """A text network in a file: its kind, and the tensors under their bare names."""
 
     kind: Kind
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
 
 
 def find_parts(tensors: Mapping[str, Tensor], source: str) -> list[Part]:
@@ -117,9 +122,9 @@ def _prefixes(names: Collection[str], markers: tuple[str, ...]) -> set[str]:
     return {start for start in starts if all(start + other in names for other in others)}
 
 
-def _bare(tensors: Mapping[str, Tensor], prefix: str, unused: tuple[str, ...]) -> dict[str, Tensor]:
-    bare = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in bare.items() if not name.startswith(unused)}
+def _bare(tensors: Mapping[str, Tensor], prefix: str, unused: tuple[str, ...]) -> LazyTensors:
+    bare = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    return renamed(tensors, {new: name for new, name in bare.items() if not new.startswith(unused)})
 
 
 def _is_umt5(part: Part) -> bool:

@@ -52,11 +52,15 @@ def load_text_encoder(
     names = ", ".join(str(source) for source in given)
     encoders = []
     for files in found:
-        told = replace(files, padding_side=padding_side or files.padding_side)
         module = import_module(f".{files.kind.name}", __package__)
+        told = replace(
+            files,
+            padding_side=padding_side or files.padding_side,
+            device=device,
+            dtype=files.kind.dtype if dtype == "auto" else dtype,
+        )
         encoder: NetworkTextEncoder = module.from_files(told, shape)
-        encoder.to(device, encoder.dtype if dtype == "auto" else dtype)
-        encoders.append(encoder)
+        encoders.append(encoder.to(device))
     joined = _join(encoders, names)
     if shape is not None:
         _check_widths(joined, shape, names)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..conditioning import Conditioning, TextShape
 from ..errors import CheckpointError, ConfigError
-from ..weights.strict import assign_strict
+from ..lazy import LazyTensors, renamed
 from .encoder import NetworkTextEncoder
 from .files import TextFiles
 from .tokens import pad_rows, token_row
@@ -77,9 +77,10 @@ def from_files(files: TextFiles, shape: TextShape | None = None) -> T5TextEncode
 
     Raises: CheckpointError or ConfigError, naming the file.
     """
-    state = _tied(files.state)
+    state = _with_shared(files.state)
     model = build_network(files.settings or infer_settings(state, files.source), source=files.source)
-    assign_strict(model, state, source=files.source, what=WHAT)
+    del model.encoder.embed_tokens.weight  # the same as the shared one
+    files.assign(model, state, what=WHAT)
     model.encoder.embed_tokens.weight = model.shared.weight
     return T5TextEncoder(model, files.tokenizer(), shape)
 
@@ -127,7 +128,8 @@ def infer_settings(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     }
 
 
-def _tied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with the embedding under both of its names, of which files may have one."""
-    embedding = state.get(_SHARED, state.get(_EMBEDDING))
-    return dict(state) if embedding is None else {**state, _SHARED: embedding, _EMBEDDING: embedding}
+def _with_shared(state: Mapping[str, Tensor]) -> LazyTensors:
+    """Return the tensors with the embedding under one of its two names; files have either or both."""
+    names = {name: name for name in state}
+    own = names.pop(_EMBEDDING, None)
+    return renamed(state, names if own is None else {_SHARED: own, **names})

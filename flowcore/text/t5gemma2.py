@@ -110,17 +110,22 @@ def build_network(config: Mapping[str, Any], *, source: str, device: torch.devic
 
 
 def network_from_tensors(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, source: str
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Return the network of a config.json's settings and of tensors under any of the published names.
 
-    The scale of the embeddings is rounded to the dtype of the weights when it is used: what the published
-    bfloat16 weights gave is only repeated in bfloat16.
+    device, dtype: of its weights; None = as they are. The scale of the embeddings is rounded to the dtype of
+    the weights when it is used: what the published bfloat16 weights gave is only repeated in bfloat16.
     Raises: ConfigError or CheckpointError, naming the source.
     """
     state = next((part.state for part in find_parts(tensors, source) if part.kind.name == "t5gemma2"), {})
     network = build_network(config, source=source, device="meta")
-    assign_strict(network, state, source=source, what=WHAT)
+    assign_strict(network, state, source=source, what=WHAT, device=device, dtype=dtype)
     for name, module in list(network.named_modules()):
         if "rotary" in name.rsplit(".", 1)[-1]:
             network.set_submodule(name, type(module)(module.config))
@@ -135,7 +140,9 @@ def from_files(files: TextFiles, shape: TextShape | None = None) -> T5Gemma2Text
     The side of the padding is that of Gemma's tokenizers where the files state none.
     Raises: CheckpointError or ConfigError, naming the file.
     """
-    network = network_from_tensors(files.settings or {}, files.state, source=files.source)
+    network = network_from_tensors(
+        files.settings or {}, files.state, source=files.source, device=files.device, dtype=files.dtype
+    )
     tokenizer = files.tokenizer()
     side = files.padding_side or GemmaTokenizer.padding_side
     return T5Gemma2TextEncoder(network, tokenizer, shape, padding_side=side)

@@ -125,8 +125,8 @@ def load_vae(
         tiling: which pictures are computed in tiles; None = large ones.
     Raises: CheckpointError or ConfigError, naming the file.
     """
-    found = read_vae(path_or_name)
-    return Autoencoder(found.module, _choose_spec(found, spec), tiling=tiling).to(device, dtype)
+    found = read_vae(path_or_name, device=device, dtype=dtype)
+    return Autoencoder(found.module, _choose_spec(found, spec), tiling=tiling).to(device)
 
 
 def _choose_spec(found: VaeFile, given: str | LatentSpec | None) -> LatentSpec:

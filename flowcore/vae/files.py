@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..assets import resolve
 from ..errors import CheckpointError
+from ..lazy import renamed
 from ..weights.atomic import write_tensors
 from ..weights.checkpoint import read_tensors
 from ..weights.strict import assign_strict
@@ -28,6 +30,7 @@ from .latent_spec import (
 from .network import build_autoencoder
 
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_STATISTICS = ("vae_mean", "vae_std")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,19 +46,22 @@ class VaeFile:
     fitting: tuple[str, ...]
 
 
-def read_vae(path_or_name: str | Path) -> VaeFile:
-    """Return the network of a file, a folder or a bundled name, its weights as stored.
+def read_vae(
+    path_or_name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> VaeFile:
+    """Return the network of a file, a folder or a bundled name.
 
+    dtype: of its weights; None = as stored.
     Raises: CheckpointError or ConfigError, naming the file.
     """
     path = resolve(path_or_name)
     tensors, metadata, stated = _read(path)
     prefix = find_prefix(tensors, source=path.name)
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    state = to_diffusers({name: own[name] for name in own if name not in ("vae_mean", "vae_std")})
+    own = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    state = to_diffusers(renamed(tensors, {new: own[new] for new in own if new not in _STATISTICS}))
     config = checked_config(stated, source=path.name) if stated else infer_config(state, source=path.name)
     module = build_autoencoder(config, device="meta")
-    assign_strict(module, state, source=path.name, what=_class_of(config))
+    assign_strict(module, state, source=path.name, what=_class_of(config), device=device, dtype=dtype)
     grid = latent_grid(module.config)
     fitting = fitting_spaces(grid, tensors)
     only = LATENT_SPECS[fitting[0]] if len(fitting) == 1 else None
@@ -89,7 +95,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
     return FLUX2_CLASS if "batch_norm_eps" in config else "AutoencoderKL"
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str], dict[str, Any]]:
     """Return tensors, string metadata, and the settings that the file or the folder states ({} if none)."""
     if not path.is_dir():
         tensors, metadata = read_tensors(path)

@@ -6,10 +6,13 @@ layout (called BFL here).
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
+from operator import itemgetter
 
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..lazy import LazyTensors, Maker
 from ..weights.kinds import describe_names
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
@@ -34,20 +37,26 @@ def find_prefix(names: Collection[str], *, source: str) -> str:
     )
 
 
-def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_diffusers(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return the tensors under the key names of diffusers; 1x1 convolutions of attention become matrices."""
     is_bfl = any(name.startswith("encoder.down.") for name in tensors)
     levels = 1 + max(
         (int(m[1]) for m in map(re.compile(r"decoder\.up\.(\d+)\.").match, tensors) if m), default=-1
     )
-    renamed = {}
-    for name, tensor in tensors.items():
+    makers: dict[str, Maker] = {}
+    for name in tensors:
         if name.startswith(_TRAINING):
             continue
         new = _from_bfl(name, levels) if is_bfl else _from_old_attention(name)
         is_matrix = re.search(r"\.attentions\.0\.to_\w+(\.0)?\.weight$", new) is not None
-        renamed[new] = tensor.flatten(1) if is_matrix and tensor.ndim == 4 else tensor
-    return renamed
+        makers[new] = partial(_matrix, name) if is_matrix else itemgetter(name)
+    return LazyTensors(tensors, makers)
+
+
+def _matrix(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return a 1x1 convolution as a matrix."""
+    tensor = tensors[name]
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor
 
 
 def _from_old_attention(name: str) -> str:

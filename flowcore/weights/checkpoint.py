@@ -4,8 +4,8 @@ import datetime
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FlowCoreError
+from ..lazy import outline, renamed
 from ..models import Architecture, ModelConfig, find_architecture
 from ..ops import TORCH_OPS, Ops
 from .atomic import write_tensors
+from .placement import placed
 from .recognition import recognise
+from .stored import MappedFile, Reader, StoredTensors
 from .strict import check_strict
 
 METADATA_TENSOR = "flowcore_metadata"
@@ -42,12 +45,13 @@ class LoadedModel:
     report: str
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Return the tensors and string metadata of a weight file, on the CPU.
 
-    Files are mapped into memory: a tensor takes room only once it is read. `path` is a safetensors file, the
-    index of several, a torch file (.pt, .pth, .ckpt, .bin), of which only the tensors in plain containers are
-    read (no code is run), or a folder with one of these, whose config.json becomes metadata.
+    A tensor is read when it is looked up, and takes memory as long as it is used: files are mapped, but for
+    those of torch before 1.6. `path` is a safetensors file, the index of several, a torch file (.pt, .pth,
+    .ckpt, .bin), of which only the tensors in plain containers are read (no code is run), or a folder with
+    one of these, whose config.json becomes metadata.
     Raises: CheckpointError that names the file, and the tensor where it is one.
     """
     contents = _read(Path(path))
@@ -76,7 +80,6 @@ def load_model(
             device=device,
             dtype=dtype,
             ops=ops,
-            reread=contents.reread,
         )
     except CheckpointError as err:
         raise err if str(path) in str(err) else CheckpointError(f"{path}: {err}") from err
@@ -92,28 +95,22 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     ops: Ops = TORCH_OPS,
-    reread: Callable[[str], Tensor] | None = None,
 ) -> LoadedModel:
     """Return the model of tensors already read, as `load_model`.
 
-    source: where the tensors are from, for messages. reread: gives a tensor that is converted anew, so that
-    the memory of each can be returned at once; the default converts the tensors given.
+    source: where the tensors are from, for messages.
     Raises: as `load_model`.
     """
     found = recognise(tensors, metadata)
     architecture, state = found.architecture, found.state
     config = architecture.infer_config(state, found.metadata)
     model = architecture.model(config, ops=ops, device="meta", dtype=dtype)
-    expected = needed_shapes(model, state)
-    check_strict(expected, state, source=source, what=f"{architecture.name} model")
-    _check_floating(expected, state, source)
-    built = model.state_dict()
-    for name, tensor in state.items():
-        target = tensor.dtype if dtype is None else built[name].dtype
-        may_reread = reread is not None and found.layout is None and target != tensor.dtype
-        converted = reread(found.prefix + name) if reread and may_reread else tensor
-        state[name] = converted.to(device, target)
-    model.load_state_dict(state, strict=True, assign=True)
+    expected, found_tensors = needed_shapes(model, state), outline(state)
+    check_strict(expected, found_tensors, source=source, what=f"{architecture.name} model")
+    _check_floating(expected, found_tensors, source)
+    built = {} if dtype is None else model.state_dict()
+    dtypes = {name: tensor.dtype for name, tensor in built.items()}
+    model.load_state_dict(placed(state, dtypes, device), strict=True, assign=True)
     model.to(device).eval()
     return LoadedModel(
         model=model,
@@ -172,19 +169,10 @@ def save_model(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contents:
-    """Tensors and metadata of a file, and the safetensors file that each tensor lies in."""
+    """Tensors and metadata of a file."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     metadata: dict[str, str]
-    places: dict[str, Path] = field(default_factory=dict)
-
-    def reread(self, name: str) -> Tensor:
-        """Return a tensor in a mapping of its own, whose memory goes with the tensor."""
-        if name not in self.places:
-            return self.tensors[name]
-        with safe_open(self.places[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
 
 
 def _read(path: Path) -> _Contents:
@@ -195,31 +183,39 @@ def _read(path: Path) -> _Contents:
     elif path.name.endswith(_INDEX):
         contents = _read_shards(path)
     elif path.suffix in _PICKLED:
-        contents = _Contents(tensors=_read_pickled(path), metadata={})
+        contents = _read_pickled(path)
     else:
         contents = _read_safetensors(path)
-    tensors = contents.tensors
-    for name in [name for name in tensors if name.rsplit(".", 1)[-1] == METADATA_TENSOR]:
-        notes = _tensor_to_metadata(path, name, tensors.pop(name))
-        contents.metadata.update({key: notes[key] for key in notes if key not in contents.metadata})
-    if not tensors:
+    tensors, metadata = contents.tensors, dict(contents.metadata)
+    notes = [name for name in tensors if name.rsplit(".", 1)[-1] == METADATA_TENSOR]
+    for name in notes:
+        metadata = {**_tensor_to_metadata(path, name, tensors[name]), **metadata}
+    own = renamed(tensors, {name: name for name in tensors if name not in notes}) if notes else tensors
+    if not own:
         raise CheckpointError(f"{path} must hold tensors, got none")
-    return contents
+    return _Contents(tensors=own, metadata=metadata)
 
 
 def _read_safetensors(path: Path) -> _Contents:
+    files, metadata = _map_safetensors(path)
+    return _Contents(tensors=StoredTensors(files), metadata=metadata)
+
+
+def _map_safetensors(path: Path) -> tuple[dict[str, MappedFile], dict[str, str]]:
+    """Return the file of each tensor in it, and the metadata. Raises: CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return _Contents(
-                tensors={name: file.get_tensor(name) for name in names},
-                metadata=dict(file.metadata() or {}),
-                places=dict.fromkeys(names, path),
-            )
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+        return dict.fromkeys(names, MappedFile(path, _safetensors_reader)), metadata
     except (SafetensorError, OSError, ValueError) as err:
         raise CheckpointError(
             f"{path} must be a complete safetensors file, got {_fault(path, err)}; download or copy it again"
         ) from err
+
+
+def _safetensors_reader(path: Path) -> Reader:
+    reader: Reader = safe_open(path, framework="pt").get_tensor
+    return reader
 
 
 def _fault(path: Path, err: Exception) -> str:
@@ -265,24 +261,37 @@ def _read_shards(index: Path) -> _Contents:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{index} must be JSON with a weight_map, got a fault at {err}") from err
-    contents = _Contents(tensors={}, metadata={})
+    files: dict[str, MappedFile] = {}
+    metadata: dict[str, str] = {}
     for name in sorted(set(places.values())):
         shard = index.parent / name
         if not shard.is_file():
             raise CheckpointError(f"{shard} must be there, for {index.name} names it, got nothing")
-        part = _read_safetensors(shard)
-        contents.tensors.update(part.tensors)
-        contents.metadata.update(part.metadata)
-        contents.places.update(part.places)
-    missing = [name for name in places if name not in contents.tensors]
+        held, stated = _map_safetensors(shard)
+        files.update(held)
+        metadata.update(stated)
+    missing = [name for name in places if name not in files]
     if missing:
         raise CheckpointError(
             f"{index} must name tensors that its files hold, got {missing[0]} in none of them"
         )
-    return contents
+    return _Contents(tensors=StoredTensors(files), metadata=metadata)
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
+def _read_pickled(path: Path) -> _Contents:
+    if not zipfile.is_zipfile(path):  # of torch before 1.6: it cannot be mapped
+        return _Contents(tensors=_unpickled(path), metadata={})
+    mapped = MappedFile(path, _pickle_reader)
+    return _Contents(tensors=StoredTensors(dict.fromkeys(_unpickled(path), mapped)), metadata={})
+
+
+def _pickle_reader(path: Path) -> Reader:
+    tensors = _unpickled(path)
+    return lambda name: tensors[name].detach()  # another object, whose end is noticed
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a torch file, mapped where it can be. Raises: CheckpointError."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as err:

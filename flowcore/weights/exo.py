@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..lazy import LazyTensors, renamed
 from ..models.exo import Exo
 from ..models.exo.trunk import build_trunk
 from ..models.exo.trunk_config import TrunkConfig, trunk_config
 from ..ops import TORCH_OPS, Ops
 from .checkpoint import LoadedModel, load_model, read_tensors, save_model
-from .placement import move
 from .strict import assign_strict
 
 FORMAT = "exo/1"
@@ -141,18 +141,16 @@ def trunk_from_tensors(
 
     Raises: CheckpointError if the tensors are not exactly such a model's, with or without its output layer.
     """
-    state = bare_trunk(tensors)
     network = build_trunk(config, device="meta")
-    assign_strict(network, state, source=source, what="Qwen3-VL")
-    move(network, device, dtype)
-    return network.eval()
+    assign_strict(network, bare_trunk(tensors), source=source, what="Qwen3-VL", device=device, dtype=dtype)
+    return network.to(device).eval()
 
 
-def bare_trunk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def bare_trunk(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return a Qwen3-VL's tensors without the output layer and without `model.` before their names."""
-    return {
-        name.removeprefix("model."): tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)
-    }
+    return renamed(
+        tensors, {name.removeprefix("model."): name for name in tensors if not name.startswith(_HEAD)}
+    )
 
 
 def fingerprint(trunk: nn.Module) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..lazy import without_prefix
 from ..models import Architecture, Layout, detect, find_layout
 
 _ADAPTER_PARTS = (".lora_", ".lokr_", ".hada_", ".lora.", ".processor.")
@@ -29,7 +30,7 @@ class Recognised:
     prefix: str
     layout: Layout | None
     version: str
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     metadata: dict[str, str]
     others: tuple[str, ...]
 
@@ -51,7 +52,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Rec
     Raises: CheckpointError that says what was found instead.
     """
     architecture, prefix = detect(tensors.keys())
-    own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    own = without_prefix(tensors, prefix)
     version = architecture.version(own.keys())
     layout = find_layout(architecture, own.keys())
     return Recognised(

@@ -3,25 +3,38 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..lazy import outline
+from .placement import placed
 
 
-def assign_strict(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, what: str) -> None:
-    """Make the tensors the module's weights (no copy), in their own dtypes.
+def assign_strict(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    what: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Make the tensors the module's weights, without a copy of those that stay as they are.
 
     Args:
         module: usually built on the meta device.
         tensors: one for every key of the module's state dict and no other.
         source: the file, for messages.
         what: the kind of model, for messages.
+        device: where they go.
+        dtype: of the parameters; None = their own, as buffers always keep.
     Raises: CheckpointError with counts and the first five missing, unexpected and misshapen keys.
     """
-    check_strict(
-        {name: tuple(t.shape) for name, t in module.state_dict().items()}, tensors, source=source, what=what
-    )
-    module.load_state_dict(dict(tensors), strict=True, assign=True)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_strict(expected, outline(tensors), source=source, what=what)
+    dtypes = {} if dtype is None else {name: dtype for name, _ in module.named_parameters()}
+    module.load_state_dict(placed(tensors, dtypes, device), strict=True, assign=True)
 
 
 def check_strict(

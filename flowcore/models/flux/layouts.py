@@ -5,7 +5,9 @@ Original names: black-forest-labs/flux, model.py. Foreign ones: huggingface/diff
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...layers.scaled import unscaled
+from ...lazy import LazyTensors, Maker
 from .config import FluxConfig
 
 LAYERS: Mapping[str, str] = {
@@ -110,34 +113,34 @@ def is_diffusers(keys: Collection[str]) -> bool:
     return "x_embedder.weight" in keys and any(norm in keys for norm in norms)
 
 
-def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_diffusers(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return the tensors as the original names and lays them out.
 
     What has no place there, and the rest of a fused layer without one of its parts, keeps its name.
     """
-    result: dict[str, Tensor] = {}
+    makers: dict[str, Maker] = {}
     fused: dict[str, dict[int, str]] = {}
     scales = {foreign: name for name, foreign in SCALES.items()}
-    for name, tensor in tensors.items():
+    for name in tensors:
         template, number = block_template(name)
         layer, _, suffix = template.rpartition(".")
         place = PLACES.get(layer)
         if template in scales:
-            result[scales[template].format(number)] = tensor
+            makers[scales[template].format(number)] = itemgetter(name)
         elif place is None:
-            result[name] = tensor
+            makers[name] = itemgetter(name)
         elif place.parts > 1:
             fused.setdefault(f"{place.layer.format(number)}.{suffix}", {})[place.part] = name
         else:
-            result[f"{place.layer.format(number)}.{suffix}"] = (
-                swap_halves(tensor) if place.is_swapped else tensor
+            makers[f"{place.layer.format(number)}.{suffix}"] = (
+                partial(_swapped, name) if place.is_swapped else itemgetter(name)
             )
     for name, parts in fused.items():
         if len(parts) == len(FUSED[block_template(name)[0].rpartition(".")[0]]):
-            result[name] = torch.cat([tensors[parts[part]] for part in sorted(parts)])
+            makers[name] = partial(_joined, [parts[part] for part in sorted(parts)])
         else:
-            result.update({part: tensors[part] for part in parts.values()})
-    return result
+            makers.update({part: itemgetter(part) for part in parts.values()})
+    return LazyTensors(tensors, makers)
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
@@ -188,6 +191,14 @@ def diffusers_config(config: FluxConfig) -> dict[str, Any]:
     }
 
 
+def _swapped(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    return swap_halves(tensors[name])
+
+
+def _joined(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name] for name in names])
+
+
 def swap_halves(tensor: Tensor) -> Tensor:
     """Return the tensor with the first and second half of its rows exchanged."""
     first, second = tensor.chunk(2)
@@ -199,7 +210,7 @@ def is_scaled(keys: Collection[str]) -> bool:
     return "scaled_fp8" in keys or any(key.endswith(".scale_weight") for key in keys)
 
 
-def from_scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_scaled(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return the true weights in bfloat16, under the original names; scales of inputs are dropped."""
     result = unscaled(tensors)
     return from_diffusers(result) if is_diffusers(result) else result

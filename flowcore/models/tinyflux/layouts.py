@@ -3,12 +3,15 @@
 Source: AbstractEyes/tiny-flux, model files of versions 3, 4.1 and 4.2.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
+from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...lazy import LazyTensors, renamed
 from .config import TinyFluxConfig, is_match
 
 _OLD_LUNE, _LUNE = "expert_predictor.", "lune_predictor."
@@ -38,15 +41,24 @@ def has_idle(keys: Collection[str]) -> bool:
     return is_match(keys) and any(_is_idle(key, keys) for key in keys)
 
 
-def version_3_to_current(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def version_3_to_current(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return the tensors under today's names, the gate as a number, without what version 3 never reads.
 
     Version 3 adds embedded guidance only where it has no expert predictor.
     """
-    renamed = {key.replace(_OLD_LUNE, _LUNE, 1): tensor for key, tensor in tensors.items()}
-    if _GATE in renamed:
-        renamed[_GATE] = renamed[_GATE].reshape(())
-    return {key: t for key, t in without_idle(renamed).items() if not key.startswith("guidance_in.")}
+    current = {key: key.replace(_OLD_LUNE, _LUNE, 1) for key in tensors if not key.startswith("guidance_in.")}
+    return LazyTensors(
+        tensors,
+        {
+            new: partial(_number, key) if new == _GATE else itemgetter(key)
+            for key, new in current.items()
+            if not _is_idle(new, current.values())
+        },
+    )
+
+
+def _number(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors[key].reshape(())
 
 
 def current_to_version_3(tensors: Mapping[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
@@ -56,19 +68,19 @@ def current_to_version_3(tensors: Mapping[str, Tensor], config: TinyFluxConfig) 
     """
     if config.use_sol_prior or config.use_t5_vec:
         raise CheckpointError("a TinyFlux 3 model must be without Sol and T5 vector, got a later model")
-    renamed = {key.replace(_LUNE, _OLD_LUNE, 1): tensor for key, tensor in tensors.items()}
+    old = {key.replace(_LUNE, _OLD_LUNE, 1): tensor for key, tensor in tensors.items()}
     gate = f"{_OLD_LUNE}expert_gate"
-    if gate in renamed:
-        renamed[gate] = renamed[gate].reshape(1)
-    return renamed
+    if gate in old:
+        old[gate] = old[gate].reshape(1)
+    return old
 
 
-def without_idle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_idle(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return the tensors but for those that no model reads: tables, and attention parts of an absent Sol."""
-    return {key: tensor for key, tensor in tensors.items() if not _is_idle(key, tensors)}
+    return renamed(tensors, {key: key for key in tensors if not _is_idle(key, tensors)})
 
 
-def _is_idle(key: str, keys: Collection[str]) -> bool:
+def _is_idle(key: str, keys: Container[str]) -> bool:
     if key.endswith(".sin_basis"):
         return True
     is_modulation = ".attn.spatial_to_mod." in key

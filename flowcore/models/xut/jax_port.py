@@ -5,10 +5,13 @@ Source: MK040412/Ouroboros, src/xut (flax.nnx).
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...lazy import LazyTensors
 
 JAX_SETTINGS: Mapping[str, Any] = {"residual": "prenorm", "skip_source": "self", "ln_eps": 1e-6}
 """Configuration fields under which a converted model computes what the port computes."""
@@ -41,7 +44,7 @@ def is_jax(keys: Collection[str]) -> bool:
     return "backbone.enc_stacks.0.0.sa.qkv.kernel" in keys
 
 
-def jax_to_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def jax_to_reference(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """Return the port's tensors as the reference names and lays them out.
 
     The port turns only the first four channels of a head, all by one frequency: here the further frequencies
@@ -49,7 +52,7 @@ def jax_to_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     dim = tensors["in_patch.proj.kernel"].shape[-1]
     heads = next(t.shape[0] for name, t in tensors.items() if name.endswith(".rope.log_freqs"))
-    return {_rename(name): _convert(name, tensor, dim // heads) for name, tensor in tensors.items()}
+    return LazyTensors(tensors, {_rename(name): partial(_convert, name, dim // heads) for name in tensors})
 
 
 def _rename(name: str) -> str:
@@ -58,7 +61,8 @@ def _rename(name: str) -> str:
     return name
 
 
-def _convert(name: str, tensor: Tensor, dim_head: int) -> Tensor:
+def _convert(name: str, dim_head: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensors[name]
     if name == "in_patch.proj.kernel":
         return tensor.permute(3, 2, 0, 1).contiguous()
     if name.endswith(".kernel"):
