@@ -64,9 +64,7 @@ def measure_edits(
 
     Raises: ConfigError if the model's pictures are not square.
     """
-    width, height = pipeline.default_size
-    if width != height:
-        raise ConfigError(f"the model's pictures must be square to show scenes, got {width}x{height}")
+    width = _side(pipeline)
     edits = [edit for edit, _ in iterate_edits(count, seed, objects=objects, split="test")]  # type: ignore[arg-type]
     rows: list[dict[str, float | None]] = []
     verdicts: list[Verdict] = []
@@ -75,12 +73,8 @@ def measure_edits(
         part = edits[first : first + batch]
         sources = [draw(edit.source, width) for edit in part]
         started = time.perf_counter()
-        made = pipeline.refine(
-            [edit.instruction for edit in part],
-            list(range(first, first + len(part))),
-            settings,
-            init_images=sources,
-        )
+        instructions, seeds = [edit.instruction for edit in part], range(first, first + len(part))
+        made = pipeline.refine(instructions, list(seeds), settings, init_images=sources)
         seconds += time.perf_counter() - started
         for number, (edit, source, result) in enumerate(zip(part, sources, made, strict=True), first):
             rows.append(
@@ -96,6 +90,13 @@ def measure_edits(
         "success_by_kind": _by_kind(edits, verdicts),
         "seconds_per_image": seconds / count,
     }
+
+
+def _side(pipeline: ExoPipeline) -> int:
+    width, height = pipeline.default_size
+    if width != height:
+        raise ConfigError(f"the model's pictures must be square to show scenes, got {width}x{height}")
+    return width
 
 
 def compare_edit(
