@@ -118,6 +118,11 @@ def _need_space(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """Checkpoint folders by their step."""
+    return {int(path.name.removeprefix("step-")): path for path in _folders(folder)}
+
+
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)

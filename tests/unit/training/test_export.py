@@ -40,6 +40,18 @@ def test_it_converts(finished: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
 
 
+def test_it_takes_the_checkpoint_of_a_step(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    assert main([str(finished), str(out), "--step", "1"]) == 0
+    assert capsys.readouterr().out == f"{out}: step 1\n"
+    last = weights(finished / "final" / "model.safetensors")
+    assert any(not torch.equal(tensor, last[key]) for key, tensor in weights(out).items())
+    assert main([str(finished), str(out), "--step", "7"]) == 2
+    assert "--step must be that of a checkpoint" in error_line(capsys)
+
+
 def test_it_takes_the_newest_sound_checkpoint(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
