@@ -7,6 +7,14 @@ from .guidance import GuidanceAPG, GuidanceCFGZero, GuidanceInterval, GuidanceRe
 from .latents import EmptyLatent
 from .loaders import LoadModel, LoadTextEncoder, LoadVAE
 from .sampling import Sigmas
+from .sequences import (
+    EmptySequence,
+    LoadSequences,
+    SequenceConditioning,
+    SequenceDecode,
+    SequenceEncode,
+    SequencePreview,
+)
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     LoadModel,
@@ -22,6 +30,12 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     GuidanceAPG,
     GuidanceRescale,
     GuidanceInterval,
+    LoadSequences,
+    SequenceConditioning,
+    EmptySequence,
+    SequenceEncode,
+    SequenceDecode,
+    SequencePreview,
 )
 
 

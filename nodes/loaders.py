@@ -11,6 +11,25 @@ TEXT_FOR = ("auto", "xut", "flux", "tinyflux", "single_stream")
 NO_FILE = "none"
 
 
+def dtype_input() -> io.Input:
+    """Return the choice of the precision of a model's weights."""
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(DTYPES),
+        default="default",
+        tooltip="Precision of the weights in memory. 'default' suits the device; fp8 halves the memory of "
+        "16-bit weights at some loss of quality.",
+    )
+
+
+def model_outputs(info: str) -> list[io.Output]:
+    """Return the sockets of a loaded model and of the line about it; info: what that tells."""
+    return [
+        io.Model.Output(display_name="model", tooltip="Model for KSampler and every other stock node."),
+        io.String.Output(display_name="info", tooltip=info),
+    ]
+
+
 class LoadModel(io.ComfyNode):
     """A diffusion model as MODEL."""
 
@@ -38,23 +57,9 @@ class LoadModel(io.ComfyNode):
                     options=choices(Kind.MODEL),
                     tooltip="File in models/diffusion_models, or one of the bundled models (flowcore-...).",
                 ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(DTYPES),
-                    default="default",
-                    tooltip="Precision of the weights in memory. 'default' suits the device; fp8 halves "
-                    "the memory "
-                    "of 16-bit weights at some loss of quality.",
-                ),
+                dtype_input(),
             ],
-            outputs=[
-                io.Model.Output(
-                    display_name="model", tooltip="Model for KSampler and every other stock node."
-                ),
-                io.String.Output(
-                    display_name="info", tooltip="Architecture, size and latent space of the file."
-                ),
-            ],
+            outputs=model_outputs("Architecture, size and latent space of the file."),
         )
 
     @classmethod

@@ -7,6 +7,8 @@
 """
 
 from .codecs import CODECS, Codec, Dct, Fourier, Patches, Points, Series, Symbols, codec_from_dict
+from .numbers import samples_from_text, samples_to_text
+from .pictures import draw_samples
 from .space import Space, SpacePair, Tokens
 from .transport import TransportModel, conditioning_of, load_transport, transport, velocity_fn
 
@@ -25,7 +27,10 @@ __all__ = [
     "TransportModel",
     "codec_from_dict",
     "conditioning_of",
+    "draw_samples",
     "load_transport",
+    "samples_from_text",
+    "samples_to_text",
     "transport",
     "velocity_fn",
 ]

@@ -8,9 +8,16 @@ import comfy.conds
 from comfy.model_base import ModelType
 from torch import Tensor
 
-from . import flux_conds, tinyflux_conds, xut_conds
+from . import flux_conds, sequence_conds, tinyflux_conds, xut_conds
 from .model import FlowCoreModel, FluxModel
-from .network import FluxNetwork, Network, SingleStreamNetwork, TinyFluxNetwork, XutNetwork
+from .network import (
+    FluxNetwork,
+    Network,
+    SequenceNetwork,
+    SingleStreamNetwork,
+    TinyFluxNetwork,
+    XutNetwork,
+)
 
 Conds = dict[str, comfy.conds.CONDRegular]
 Sampling = tuple[ModelType, dict[str, float]]
@@ -105,3 +112,13 @@ HOSTS: Mapping[str, Host] = {
         memory=lambda config: 0.8 * config.hidden_size / 384,
     ),
 }
+
+SEQUENCES = Host(
+    network=SequenceNetwork,
+    stock_kinds=HOSTS["flux"].stock_kinds,
+    token_side=lambda config: 1,  # noqa: ARG005 - a token is a column
+    memory=HOSTS["flux"].memory,
+    pack=sequence_conds.pack,
+    unpack=sequence_conds.unpack,
+)
+"""A Flux between sequences, which ComfyUI's own code for Flux does not know."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...flowcore.errors import CheckpointError, ShapeError
+from ...flowcore.flux import SpacePair
 from ...flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, spec_from_metadata
 
 # ComfyUI's name of the space, or of another one of the same VAE; its factors for previews are used.
@@ -56,6 +57,39 @@ class FlowCoreLatentFormat(comfy.latent_formats.LatentFormat):
         """Return raw latents of model-space ones."""
         return self.spec.from_model(latent)
 
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata that `format_of` reads back to the same format."""
+        spec = self.spec
+        found = {
+            "flowcore.latent_spec": spec.name,
+            "flowcore.latents_mean": json.dumps(list(spec.mean)),
+            "flowcore.latents_std": json.dumps(list(spec.std)),
+        }
+        if self.latent_rgb_factors is not None and spec.name not in _KNOWN:
+            found["flowcore.latent_rgb_factors"] = json.dumps(self.latent_rgb_factors)
+            found["flowcore.latent_rgb_bias"] = json.dumps(self.latent_rgb_factors_bias)
+        return found
+
+
+class SequenceFormat(comfy.latent_formats.LatentFormat):
+    """Normalised tokens as they are, `b c n`; holds the spaces that a model was trained between."""
+
+    latent_dimensions = 1
+
+    def __init__(self, spaces: SpacePair) -> None:
+        """Take the spaces; sequences have no linear preview."""
+        self.spaces = spaces
+        self.latent_channels = spaces.data.codec.channels
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Channels and number of the data's tokens."""
+        return self.latent_channels, self.spaces.data_positions().shape[1]
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata that `SpacePair.from_metadata` reads."""
+        return self.spaces.to_metadata()
+
 
 def format_of(metadata: Mapping[str, str], default: str, source: str) -> FlowCoreLatentFormat:
     """Return the latent format that a model file states, else that of the architecture's space.
@@ -68,20 +102,6 @@ def format_of(metadata: Mapping[str, str], default: str, source: str) -> FlowCor
     if factors is not None and len(factors) != spec.channels:
         factors, bias = None, None  # of another space: no preview is better than a wrong one
     return FlowCoreLatentFormat(spec, factors, bias)
-
-
-def metadata_of(latent_format: FlowCoreLatentFormat) -> dict[str, str]:
-    """Return the metadata that `format_of` reads back to the same format."""
-    spec = latent_format.spec
-    found = {
-        "flowcore.latent_spec": spec.name,
-        "flowcore.latents_mean": json.dumps(list(spec.mean)),
-        "flowcore.latents_std": json.dumps(list(spec.std)),
-    }
-    if latent_format.latent_rgb_factors is not None and spec.name not in _KNOWN:
-        found["flowcore.latent_rgb_factors"] = json.dumps(latent_format.latent_rgb_factors)
-        found["flowcore.latent_rgb_bias"] = json.dumps(latent_format.latent_rgb_factors_bias)
-    return found
 
 
 def _json_list(metadata: Mapping[str, str], key: str, source: str) -> list | None:

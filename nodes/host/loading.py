@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -12,11 +12,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...flowcore.errors import CheckpointError, ConfigError
+from ...flowcore.flux import Space, SpacePair
+from ...flowcore.flux.space import METADATA_KEY
 from ...flowcore.vae.latent_spec import LatentSpec
 from ...flowcore.weights.checkpoint import LoadedModel
 from ...flowcore.weights.checkpoint import load_model as read_model
-from .hosts import HOSTS
-from .latent_formats import format_of
+from .hosts import HOSTS, SEQUENCES
+from .latent_formats import SequenceFormat, format_of
 from .model_config import SHIFT, FlowCoreConfig
 
 logger = logging.getLogger("flowcore")
@@ -31,9 +33,27 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
-    """Return the model of a file, and a line about it.
+    """Return the model of pictures of a file, and a line about it.
 
     Raises: CheckpointError or ConfigError, naming the file or the setting.
+    """
+    return _load(path, weight_dtype, _picture_config)
+
+
+def load_sequences(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
+    """Return the Flux between sequences of a file, and a line about it.
+
+    Raises: CheckpointError or ConfigError, naming the file or the setting.
+    """
+    return _load(path, weight_dtype, _sequence_config)
+
+
+def _load(
+    path: Path, weight_dtype: str, make_config: Callable[[LoadedModel, str], tuple[FlowCoreConfig, str]]
+) -> tuple[ModelPatcher, str]:
+    """Return the model of a file, and a line about it.
+
+    make_config: (file, its name) -> ComfyUI's configuration, and what the line says of text and latents.
     """
     if weight_dtype != "default" and weight_dtype not in _DTYPES:
         raise ConfigError(
@@ -41,16 +61,51 @@ def load_model(path: Path, weight_dtype: str) -> tuple[ModelPatcher, str]:
         )
     with torch.inference_mode(False):
         loaded = read_model(path)  # nothing is copied: the tensors lie in the mapped file
-        _check_architecture(loaded.architecture.name, path.name)
-        latent_format = format_of(loaded.metadata, loaded.architecture.latent_spec, path.name)
-        _check_channels(latent_format.spec, loaded.architecture.latent_channels(loaded.config), path.name)
-        shift = _stated_shift(loaded.metadata, path.name)
-        model_config = FlowCoreConfig(loaded.architecture, loaded.config, latent_format, shift)
+        model_config, facts = make_config(loaded, path.name)
         state = loaded.model.state_dict()
         parameters = comfy.utils.calculate_parameters(state)
         dtype = _choose_dtype(model_config, state, parameters, weight_dtype)
         patcher = _build(model_config, state, mm.unet_inital_load_device(parameters, dtype))
-    return patcher, _describe(loaded, model_config, parameters, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        patcher,
+        f"{loaded.architecture.name}: {parameters / 1e6:.1f} million parameters in {kind}; {facts}",
+    )
+
+
+def _picture_config(loaded: LoadedModel, source: str) -> tuple[FlowCoreConfig, str]:
+    """Return the configuration of a model of pictures, and what a user wants to know of text and latents."""
+    _check_architecture(loaded.architecture.name, source)
+    latent_format = format_of(loaded.metadata, loaded.architecture.latent_spec, source)
+    spec, text = latent_format.spec, loaded.architecture.text_shape(loaded.config)
+    _check_channels(spec, loaded.architecture.latent_channels(loaded.config), source)
+    shift = _stated_shift(loaded.metadata, source)
+    facts = (
+        f"text states {'none' if text.width is None else f'{text.width} wide'}"
+        f"{'' if text.pooled is None else f', pooled vector {text.pooled} wide'}; "
+        f"latents {spec.name}, {spec.channels} channels, 1/{spec.downscale}"
+    )
+    return FlowCoreConfig(loaded.architecture, loaded.config, latent_format, shift), facts
+
+
+def _sequence_config(loaded: LoadedModel, source: str) -> tuple[FlowCoreConfig, str]:
+    """Return the configuration of a Flux between sequences, and what a user wants to know of its spaces."""
+    name = loaded.architecture.name
+    if name != "flux" or METADATA_KEY not in loaded.metadata:
+        raise CheckpointError(
+            f"{source} must be a flux model that states its spaces, got {name} without; make one with python "
+            "-m training.sequences curves, or load a model of pictures with Load FlowCore Model"
+        )
+    spaces = SpacePair.from_metadata(loaded.metadata)
+    shift = _stated_shift(loaded.metadata, source)
+    facts = f"from {_space_facts(spaces.condition)} to {_space_facts(spaces.data)}"
+    latent_format = SequenceFormat(spaces)
+    return FlowCoreConfig(loaded.architecture, loaded.config, latent_format, shift, SEQUENCES), facts
+
+
+def _space_facts(space: Space) -> str:
+    codec = space.codec
+    return f"{codec.kind} ({codec.positions().shape[1]} tokens of {codec.channels} channels)"
 
 
 def _check_architecture(name: str, source: str) -> None:
@@ -66,8 +121,8 @@ def _check_channels(spec: LatentSpec, channels: int, source: str) -> None:
     """Refuse a latent space that is not the model's, and a model of no latents. Raises: CheckpointError."""
     if channels < 1:
         raise CheckpointError(
-            f"the model of {source} must make latents of pictures, got one of other sequences; use it in "
-            "plain Python"
+            f"the model of {source} must make latents of pictures, got one of other sequences; load it with "
+            "Load Flux Sequences"
         )
     if spec.channels != channels:
         raise CheckpointError(
@@ -128,15 +183,3 @@ def _build(model_config: FlowCoreConfig, state: dict[str, Tensor], device: torch
     network.requires_grad_(False)
     model.device = device
     return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
-
-
-def _describe(loaded: LoadedModel, model_config: FlowCoreConfig, parameters: int, dtype: torch.dtype) -> str:
-    """Return what a user wants to know about the file."""
-    spec, text = model_config.latent_format.spec, loaded.architecture.text_shape(loaded.config)
-    return (
-        f"{loaded.architecture.name}: {parameters / 1e6:.1f} million parameters in "
-        f"{str(dtype).split('.')[-1]}; "
-        f"text states {'none' if text.width is None else f'{text.width} wide'}"
-        f"{'' if text.pooled is None else f', pooled vector {text.pooled} wide'}; "
-        f"latents {spec.name}, {spec.channels} channels, 1/{spec.downscale}"
-    )

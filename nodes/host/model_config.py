@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...flowcore.models import Architecture
-from .hosts import HOSTS, shifted
-from .latent_formats import FlowCoreLatentFormat, metadata_of
+from .hosts import HOSTS, Host, shifted
+from .latent_formats import FlowCoreLatentFormat, SequenceFormat
 from .model import FlowCoreModel
 
 METADATA_TENSOR = "flowcore_metadata"
@@ -30,11 +30,15 @@ class FlowCoreConfig(comfy.supported_models_base.BASE):
         self,
         architecture: Architecture,
         config: Any,  # noqa: ANN401 - each architecture's own
-        latent_format: FlowCoreLatentFormat,
+        latent_format: FlowCoreLatentFormat | SequenceFormat,
         shift: float | None = None,
+        host: Host | None = None,
     ) -> None:
-        """Take the architecture and its settings, and what the file states; no shift = the architecture's."""
-        self.host = HOSTS[architecture.name]
+        """Take the architecture and its settings, and what the file states.
+
+        shift: None = the architecture's. host: None = that of the architecture's pictures.
+        """
+        self.host = host or HOSTS[architecture.name]
         super().__init__(
             {
                 "image_model": f"flowcore_{architecture.name}",
@@ -76,7 +80,7 @@ class FlowCoreConfig(comfy.supported_models_base.BASE):
             "flowcore.arch": self.unet_config["architecture"].name,
             "flowcore.config": json.dumps(self.unet_config["config"].to_dict()),
             **({} if self.shift is None else {SHIFT: str(self.shift)}),
-            **metadata_of(self.latent_format),
+            **self.latent_format.metadata(),
         }
         packed = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
         return super().process_unet_state_dict_for_saving({**state_dict, METADATA_TENSOR: packed})

@@ -49,6 +49,11 @@ class Network(nn.Module):
         use_operations(self, operations, {RMSNorm: CastRMSNorm})
         self.architecture, self.host, self.dtype = architecture, host, dtype
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, behind which x may hold others."""
+        return self.architecture.latent_channels(self.config)
+
     def forward(
         self,
         x: Tensor,
@@ -58,7 +63,7 @@ class Network(nn.Module):
         transformer_options: Mapping[str, Any] | None = None,
         **extras: Any,
     ) -> Tensor:
-        """Return the velocity `b c h w` of noised latents at sigma = timestep in [0, 1].
+        """Return the velocity of noised latents `b c h w`, or `b c n`, at sigma = timestep in [0, 1].
 
         x may hold channels behind those of the latents; extras: what the conditioning has besides the text.
         """
@@ -77,7 +82,7 @@ class Network(nn.Module):
         **extras: Any,
     ) -> Tensor:
         height, width = x.shape[-2:]
-        channels = self.architecture.latent_channels(self.config)
+        channels = self.latent_channels
         x = pad_to_multiple(x, self.host.token_side(self.config))
         named, options = self.host.unpack(x, timestep, extras, self.config)
         if x.shape[1] > channels:
@@ -108,6 +113,15 @@ class FluxNetwork(Network, Flux):
     """Flux in ComfyUI, whose own code for it reads the attribute `patch_size`."""
 
     patch_size = PATCH_SIZE
+
+
+class SequenceNetwork(Network, Flux):
+    """Flux between sequences, in ComfyUI."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a token."""
+        return self.config.out_channels
 
 
 class TinyFluxNetwork(Network, TinyFlux):

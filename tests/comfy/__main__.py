@@ -100,7 +100,8 @@ def _write(options: argparse.Namespace, comfyui: Path) -> int:
     browser = find_browser_python(python)
     base = None if options.base is None else options.base.resolve()
     with Server(comfyui, python, base=base, arguments=("--cpu",)) as server:
-        chosen = [known[name] for name in options.names or known]
+        names = options.names or [name for name, workflow in known.items() if workflow.is_ready]
+        chosen = [known[name] for name in names]
         print(*write_workflows(server, browser, chosen), sep="\n")
     return 0
 

@@ -25,7 +25,7 @@ DROP = """([name, text]) => {
     for (const type of ["dragenter", "dragover", "drop"])
         canvas.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: transfer}));
 }"""
-DONE = """() => app.graph.nodes.some((node) => node.imgs?.length)
+DONE = """() => app.graph.nodes.every((node) => node.type !== "SaveImage" || node.imgs?.length)
     || document.querySelector(".p-dialog, .p-toast-message-error")"""
 STATE = """() => ({
     nodes: app.graph.nodes.map((node) => node.type),
@@ -77,7 +77,7 @@ def drop(page: Page, workflows: list[Path], screenshot: Path) -> dict[str, Any]:
 
 def _drop(page: Page, workflow: Path, screenshot: Path) -> dict[str, Any]:
     text = workflow.read_text(encoding="utf-8")
-    page.evaluate("() => app.graph.clear()")
+    page.evaluate("() => { app.clean(); app.graph.clear(); }")  # also what earlier runs left on node numbers
     page.evaluate(DROP, [workflow.name, text])
     page.wait_for_function(
         "(count) => app.graph.nodes.length === count", arg=len(json.loads(text)["nodes"]), timeout=60_000

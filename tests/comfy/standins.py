@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from flowcore.flux import Fourier, Points, Space, SpacePair
 from flowcore.layers.norm import RMSNorm
 from flowcore.models import find_architecture
 from flowcore.models.flux import PRESETS as FLUX
@@ -29,6 +30,7 @@ MODEL, TEXT, VAE, LORA = (
     "standin-vae.safetensors",
     "standin-lora.safetensors",
 )
+SEQUENCES = "standin-sequences.safetensors"
 T5, CLIP, T5GEMMA2 = "t5/model.safetensors", "clip/model.safetensors", "standin-t5gemma2.safetensors"
 WORDS = [
     "a",
@@ -59,6 +61,7 @@ SMALL: dict[str, Any] = {
     "single_stream": SINGLE_STREAM["tiny"],
 }
 """Configurations that fit the other stand-ins, by architecture."""
+CURVE = Fourier(harmonics=3, count=24)
 SPEC = LatentSpec(
     name="standin",
     channels=16,
@@ -82,6 +85,7 @@ def write_standins(models: Path) -> None:
     for name, config in SMALL.items():
         write_model(models / "diffusion_models" / file_of(name), architecture=name, config=config)
         write_whole_lora(models / "loras" / file_of(name), architecture=name, config=config)
+    write_sequences(models / "diffusion_models" / SEQUENCES)
     write_text(models / "text_encoders" / TEXT)
     write_folders(models / "text_encoders")
     write_t5gemma2(models / "text_encoders" / T5GEMMA2)
@@ -115,6 +119,16 @@ def write_model(
         "flowcore.text_mode": "sequence",
     }
     save_model(path, model.state_dict(), architecture=architecture, config=config, metadata=metadata)
+
+
+def write_sequences(path: Path) -> None:
+    """Write a Flux from closed curves of three harmonics to their 24 points, as training writes it."""
+    curves = CURVE.decode(torch.randn(64, CURVE.harmonics, CURVE.channels, generator=_generator(6)))
+    data = Space.fit(Points(count=CURVE.count, dim=2), curves)
+    spaces = SpacePair(condition=Space.fit(CURVE, curves), data=data)
+    config = FLUX["points"]
+    model = _randomised(find_architecture("flux").model(config), 7)
+    save_model(path, model.state_dict(), architecture="flux", config=config, metadata=spaces.to_metadata())
 
 
 def write_text(path: Path) -> None:
@@ -157,7 +171,7 @@ def write_vae(path: Path) -> None:
 def write_lora(path: Path, rank: int = 2) -> None:
     """Write a LoRA in the key form that training exports."""
     shapes = {name: tensor.shape for name, tensor in XUDiT(CONFIG, device="meta").state_dict().items()}
-    generator = torch.Generator().manual_seed(4)
+    generator = _generator(4)
     tensors = {}
     for target in LORA_TARGETS:
         rows, columns, *kernel = shapes[f"{target}.weight"]
@@ -176,7 +190,7 @@ def write_lora(path: Path, rank: int = 2) -> None:
 
 def write_whole_lora(path: Path, *, architecture: str, config: Any, rank: int = 2) -> None:
     """Write a LoRA of every linear layer of a model, and a change of every norm's weight."""
-    generator = torch.Generator().manual_seed(4)
+    generator = _generator(4)
     model = find_architecture(architecture).model(config, device="meta")
     tensors = {}
     for name, layer in model.named_modules():
@@ -191,7 +205,7 @@ def write_whole_lora(path: Path, *, architecture: str, config: Any, rank: int = 
 
 
 def _randomised(model: nn.Module, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -200,6 +214,10 @@ def _randomised(model: nn.Module, seed: int) -> nn.Module:
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def _json(values: object) -> str:

@@ -74,7 +74,7 @@ MODELS: dict[str, tuple[Writer, str]] = {
         r"must be those of a .*xut.* model",
     ),
     "another_architecture": (_exo, "got exo, which runs in plain Python only"),
-    "no_pictures": (_sequences, "must make latents of pictures, got one of other sequences"),
+    "no_pictures": (_sequences, "got one of other sequences; load it with Load Flux Sequences"),
     "missing_tensor": (
         lambda models, path: _without(models, path, "out_patch.proj.bias"),
         r"1 missing \(out_patch.proj.bias\)",

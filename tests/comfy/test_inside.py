@@ -18,6 +18,7 @@ NAMES = [
         "gpu_checks.py",
         "architecture_checks.py",
         "flux_checks.py",
+        "sequence_checks.py",
         "text_checks.py",
         "vae_checks.py",
         "checks.py",

@@ -3,6 +3,7 @@
 `python -m tests.comfy write` makes their files anew.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -12,24 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.comfy.browser_process import find_browser_python, run_browser
 from tests.comfy.convert import to_api
 from tests.comfy.install import NotAvailableError
-from tests.comfy.server import LINK_NAME, Server
-from tests.comfy.standins import MODEL, SMALL, TEXT, VAE, file_of
-from tests.comfy.workflows import FACTS, FOLDER, Workflow, bundled, text_to_image
+from tests.comfy.server import LINK_NAME, Server, ServerError
+from tests.comfy.standins import MODEL, SEQUENCES, SMALL, TEXT, VAE, file_of
+from tests.comfy.test_server import node
+from tests.comfy.workflows import CURVES_FILE, FACTS, FOLDER, Workflow, bundled, text_to_image
 from tests.comfy.writing import THUMBNAIL
 
 pytestmark = pytest.mark.comfy
 STANDINS = {
-    "xut-demo": ("diffusion_models", MODEL),
-    **{f"{name}-demo": ("diffusion_models", file_of(name)) for name in SMALL},
-    "scenes-text": ("text_encoders", TEXT),
-    "scenes-vae": ("vae", VAE),
+    "flowcore-xut-demo.safetensors": ("diffusion_models", MODEL),
+    **{f"flowcore-{name}-demo.safetensors": ("diffusion_models", file_of(name)) for name in SMALL},
+    "flowcore-scenes-text.safetensors": ("text_encoders", TEXT),
+    "flowcore-scenes-vae.safetensors": ("vae", VAE),
 }
-"""What may stand in for bundled weights."""
+"""What may stand in for bundled weights, before which a file of the same name goes."""
 WORKFLOWS = bundled()
 
 
@@ -51,20 +55,20 @@ def test_files_are_as_described(server: Server, workflow: Workflow) -> None:
     assert to_api(page, server.get("/object_info")) == workflow.prompt, "run python -m tests.comfy write"
     notes = [node["widgets_values"] for node in page["nodes"] if node["type"] == "MarkdownNote"]
     assert notes == [[workflow.note]]
-    titles = {str(node["id"]): node.get("title") for node in page["nodes"]}
-    for number, node in workflow.nodes.items():
-        assert titles[number] == (node.title or None)
+    titles = {str(entry["id"]): entry.get("title") for entry in page["nodes"]}
+    for number, placed in workflow.nodes.items():
+        assert titles[number] == (placed.title or None)
 
 
 def test_nodes_have_the_inputs_and_outputs_of_their_schemas(server: Server, workflow: Workflow) -> None:
     described = server.get("/object_info")
-    for node in json.loads(workflow.path.read_text(encoding="utf-8"))["nodes"]:
-        if node["type"].startswith("FlowCore"):
-            inputs = described[node["type"]]["input"]
+    for placed in json.loads(workflow.path.read_text(encoding="utf-8"))["nodes"]:
+        kind = placed["type"]
+        if kind.startswith("FlowCore"):
+            inputs = described[kind]["input"]
             names = [*inputs.get("required", {}), *inputs.get("optional", {})]
-            assert sorted(entry["name"] for entry in node["inputs"]) == sorted(names), node["type"]
-            outputs = [entry["name"] for entry in node["outputs"]]
-            assert outputs == described[node["type"]]["output_name"], node["type"]
+            assert sorted(entry["name"] for entry in placed["inputs"]) == sorted(names), kind
+            assert [entry["name"] for entry in placed["outputs"]] == described[kind]["output_name"], kind
 
 
 def test_templates_are_listed_and_served(server: Server, workflow: Workflow) -> None:
@@ -77,6 +81,33 @@ def test_templates_are_listed_and_served(server: Server, workflow: Workflow) -> 
     assert Image.open(io.BytesIO(thumbnail)).size == THUMBNAIL
 
 
+@contextlib.contextmanager
+def copies(base: Path, standins: dict[str, tuple[str, str]]) -> Iterator[None]:
+    """Stand-ins under other names."""
+    written = []
+    for name, (folder, file) in standins.items():
+        target = base / "models" / folder / name
+        shutil.copy(base / "models" / folder / file, target)
+        written.append(target)
+    yield
+    for target in written:
+        target.unlink()
+
+
+@pytest.fixture
+def curves_file(base: Path) -> Iterator[None]:
+    """A model in the place of the one that the user trains."""
+    with copies(base, {CURVES_FILE: ("diffusion_models", SEQUENCES)}):
+        yield
+
+
+@pytest.fixture
+def standin_names(base: Path) -> Iterator[None]:
+    """Models that stand in for all bundled ones."""
+    with copies(base, STANDINS):
+        yield
+
+
 @pytest.fixture
 def browser_python(comfyui_python: Path) -> Path:
     try:
@@ -86,6 +117,7 @@ def browser_python(comfyui_python: Path) -> Path:
 
 
 @pytest.mark.browser
+@pytest.mark.usefixtures("curves_file")
 def test_workflows_finish_when_dropped_on_the_page(
     server: Server, browser_python: Path, tmp_path: Path
 ) -> None:
@@ -104,19 +136,6 @@ def test_workflows_finish_when_dropped_on_the_page(
         assert len(shot.convert("RGB").getcolors(1 << 24) or []) > 200
 
 
-@pytest.fixture
-def standin_names(base: Path) -> Iterator[None]:
-    """Stand-ins under the names of bundled weights, before which they go."""
-    written = []
-    for name, (folder, file) in STANDINS.items():
-        target = base / "models" / folder / f"flowcore-{name}.safetensors"
-        shutil.copy(base / "models" / folder / file, target)
-        written.append(target)
-    yield
-    for target in written:
-        target.unlink()
-
-
 @pytest.mark.usefixtures("standin_names")
 @pytest.mark.parametrize("architecture", sorted(SMALL))
 def test_the_workflow_of_every_architecture_runs(server: Server, architecture: str) -> None:
@@ -125,3 +144,27 @@ def test_the_workflow_of_every_architecture_runs(server: Server, architecture: s
     prompt["7"]["inputs"]["steps"] = 3
     (picture,) = server.images(server.run(prompt))
     assert Image.open(io.BytesIO(picture)).size == (128, 128)
+
+
+@pytest.mark.usefixtures("curves_file")
+def test_sequences_are_sampled_and_drawn(server: Server) -> None:
+    """The points of the result are those that plain Python decodes; both pictures come out."""
+    from flowcore.flux import load_transport, samples_from_text
+
+    prompt = WORKFLOWS["flux_sequences"].prompt
+    prompt["5"]["inputs"]["steps"] = 3
+    prompt["20"] = node("SaveLatent", samples=["5", 0], filename_prefix="latents/sequence")
+    entry = server.run(prompt)
+    assert len(server.images(entry)) == 2
+    file = entry["outputs"]["20"]["latents"][0]
+    latent = load_file(server.base / "output" / file["subfolder"] / file["filename"])["latent_tensor"]
+    assert latent.shape == (1, 2, 24)
+    (text,) = entry["outputs"]["9"]["text"]
+    spaces = load_transport(server.base / "models" / "diffusion_models" / CURVES_FILE).spaces
+    points = samples_from_text(text, spaces.data.codec)
+    torch.testing.assert_close(points, spaces.data.decode(latent.mT), rtol=0, atol=1e-5)
+
+
+def test_a_missing_sequence_model_says_how_to_get_one(server: Server) -> None:
+    with pytest.raises(ServerError, match=r"train it .* 'python -m training.sequences curves' and copy"):
+        server.run(WORKFLOWS["flux_sequences"].prompt)

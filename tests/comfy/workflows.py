@@ -3,6 +3,7 @@
 `python -m tests.comfy write` makes the files in `workflows/` from these.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 from flowcore.assets import list_builtin
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-NOTE_PLACE = (40, 700, 800, 330)
 TEXT_TO_IMAGE = "_text_to_image"
 
 Prompt = dict[str, Any]
@@ -30,12 +30,17 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workflow:
-    """A workflow; its nodes by their numbers, its groups by their titles."""
+    """A workflow; its nodes by their numbers, its groups by their titles.
+
+    is_ready: whether all its weights are bundled.
+    """
 
     name: str
     nodes: Mapping[str, Placed]
     groups: Mapping[str, Place]
     note: str
+    note_place: Place = (40, 700, 800, 330)
+    is_ready: bool = True
 
     @property
     def path(self) -> Path:
@@ -64,7 +69,7 @@ class Workflow:
             "titles": {number: node.title for number, node in self.nodes.items() if node.title},
             "groups": dict(self.groups),
             "note": self.note,
-            "note_place": NOTE_PLACE,
+            "note_place": self.note_place,
         }
 
 
@@ -102,6 +107,7 @@ FACTS: Mapping[str, Facts] = {
     ),
 }
 
+CURVES_FILE = "curves.safetensors"
 CAPTION = "a small yellow star above a large purple square on a white background"
 
 
@@ -146,6 +152,59 @@ def text_to_image(architecture: str) -> Workflow:
     )
 
 
+def flux_sequences() -> Workflow:
+    """From the frequencies of a curve to its points, on a model that the user trains in minutes."""
+    links = {"model": ["1", 0], "positive": ["3", 0], "negative": ["3", 1], "latent_image": ["4", 0]}
+    sampling = {"seed": 0, "steps": 20, "cfg": 1.0, "denoise": 1.0}
+    solver = {"sampler_name": "euler", "scheduler": "simple"}
+    model = {"model_name": CURVES_FILE, "weight_dtype": "default"}
+    made = {"model": ["1", 0], "samples": ["5", 0]}
+    shown = {"model": ["1", 0], "samples": ["10", 0], "size": 512}
+    saved = {"images": ["6", 0], "filename_prefix": "flowcore/curve"}
+    return Workflow(
+        name="flux_sequences",
+        nodes={
+            "1": Placed("FlowCoreLoadSequences", model, (40, 80, 340, 102)),
+            "2": Placed(
+                "PrimitiveStringMultiline", {"value": heart()}, (40, 240, 340, 400), "Points of a curve"
+            ),
+            "3": Placed(
+                "FlowCoreSequenceConditioning", {"model": ["1", 0], "numbers": ["2", 0]}, (440, 80, 340, 140)
+            ),
+            "4": Placed("FlowCoreEmptySequence", {"model": ["1", 0], "batch_size": 1}, (440, 280, 340, 82)),
+            "5": Placed("KSampler", {**links, **sampling, **solver}, (840, 80, 300, 262)),
+            "6": Placed("FlowCoreSequencePreview", {**made, "size": 512}, (1200, 80, 300, 82)),
+            "7": Placed("SaveImage", saved, (1200, 220, 300, 330), "Result"),
+            "8": Placed("FlowCoreSequenceDecode", made, (840, 400, 300, 66)),
+            "9": Placed("PreviewAny", {"source": ["8", 0]}, (840, 520, 300, 120), "Points of the result"),
+            "10": Placed(
+                "FlowCoreSequenceEncode", {"model": ["1", 0], "numbers": ["2", 0]}, (440, 430, 340, 140)
+            ),
+            "11": Placed("FlowCoreSequencePreview", shown, (1560, 80, 300, 82)),
+            "12": Placed("PreviewImage", {"images": ["11", 0]}, (1560, 220, 300, 330), "Truth"),
+        },
+        groups={
+            "Model and curve": (20, 0, 380, 660),
+            "Condition, and the truth": (420, 0, 380, 660),
+            "Sampling": (820, 0, 340, 660),
+            "Result beside the truth": (1180, 0, 700, 660),
+        },
+        note=_note("flux_sequences"),
+        is_ready=False,
+    )
+
+
+def heart() -> str:
+    """Return 24 points of a closed curve of three harmonics, a point a line."""
+    lines = []
+    for index in range(24):
+        s = 2 * math.pi * index / 24
+        x = 12 * math.sin(s) - 4 * math.sin(3 * s)
+        y = 13 * math.cos(s) - 5 * math.cos(2 * s) - 2 * math.cos(3 * s)
+        lines.append(f"{0.07 * x:.3f} {0.07 * y:.3f}")
+    return "\n".join(lines)
+
+
 def _note(name: str) -> str:
     """Return a text of `notes/`."""
     return (Path(__file__).parent / "notes" / f"{name}.md").read_text(encoding="utf-8")
@@ -157,6 +216,6 @@ def demo_architectures() -> list[str]:
 
 
 def bundled() -> dict[str, Workflow]:
-    """All workflows by name, those from text to image where the demo model is bundled."""
-    found = [text_to_image(architecture) for architecture in demo_architectures()]
+    """All workflows by name; those from text to image where the demo model is bundled."""
+    found = [*(text_to_image(architecture) for architecture in demo_architectures()), flux_sequences()]
     return {workflow.name: workflow for workflow in found}

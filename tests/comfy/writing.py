@@ -31,6 +31,8 @@ def write_workflows(server: Server, browser_python: Path, workflows: Sequence[Wo
 
 
 def _picture(server: Server, workflow: Workflow) -> Image.Image:
-    """Return the first picture of a workflow in the size of a thumbnail."""
-    (first, *_) = server.images(server.run(workflow.prompt))
+    """Return the picture that a workflow saves in the size of a thumbnail."""
+    outputs = server.run(workflow.prompt)["outputs"]
+    (number,) = (number for number, node in workflow.nodes.items() if node.kind == "SaveImage")
+    (first,) = server.images({"outputs": {number: outputs[number]}})
     return Image.open(io.BytesIO(first)).convert("RGB").resize(THUMBNAIL, Image.Resampling.LANCZOS)

@@ -16,6 +16,7 @@ from context import Context
 from fake_gpu import BUDGETS
 from flux_checks import FLUX_CHECKS
 from gpu_checks import GPU_CHECKS
+from sequence_checks import SEQUENCE_CHECKS
 from text_checks import TEXT_CHECKS
 from vae_checks import VAE_CHECKS
 
@@ -234,6 +235,7 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
     *GPU_CHECKS,
     *ARCHITECTURE_CHECKS,
     *FLUX_CHECKS,
+    *SEQUENCE_CHECKS,
     *TEXT_CHECKS,
     *VAE_CHECKS,
     every_linear_layer_takes_lora,
