@@ -18,13 +18,14 @@ def check_inputs(
     y: Tensor | None,
     guidance: Tensor | None,
     mask: Tensor | None,
+    in_channels: int,
 ) -> None:
-    """Check tokens, positions and conditions against the configuration.
+    """Check tokens, positions and conditions against the configuration; in_channels: width of data tokens.
 
     Raises: ShapeError that names the input, the shape it must have, and the one it has.
     """
     batch = img.shape[0]
-    _check_tokens("img", img, batch, config.in_channels)
+    _check_tokens("img", img, batch, in_channels)
     _check_tokens("txt", txt, batch, config.context_in_dim)
     _check_positions("img_ids", img_ids, img, config)
     _check_positions("txt_ids", txt_ids, txt, config)

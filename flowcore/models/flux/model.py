@@ -101,7 +101,18 @@ class Flux(nn.Module):
 
         Raises: ShapeError if an input has the wrong shape, or the model needs one that is missing.
         """
-        check_inputs(self.config, img, img_ids, txt, txt_ids, timesteps, y=y, guidance=guidance, mask=mask)
+        check_inputs(
+            self.config,
+            img,
+            img_ids,
+            txt,
+            txt_ids,
+            timesteps,
+            y=y,
+            guidance=guidance,
+            mask=mask,
+            in_channels=self.img_in.weight.shape[1],  # a control LoRA may have widened the layer
+        )
         if y is None and self.config.pooled_from_text:
             y = masked_mean(txt, None if mask is None else mask[:, : txt.shape[1]])
         vec = self._condition(img.dtype, timesteps, y, guidance)  # b 1 d

@@ -91,8 +91,40 @@ def control_channels_reach_flux(context: Context) -> None:
     path.unlink()
 
 
+def control_loras_widen_flux(context: Context) -> None:
+    """A LoRA like FLUX.1's Canny and Depth, read by the stock loader and by the project's own."""
+    lora_module, flux = context.part("flowcore.weights.lora"), context.part("flowcore.models.flux")
+    shapes_of = context.part("flowcore.models.flux.lora").control_lora_shapes
+    checkpoint = context.part("flowcore.weights.checkpoint")
+    source = checkpoint.load_model(context.models / "diffusion_models" / "standin-flux.safetensors")
+    wide = dataclasses.replace(source.config, in_channels=128)
+    shapes = lora_module.layer_shapes(flux.Flux(wide, device="meta").state_dict())
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.1 + name.endswith("scale")
+        for name, shape in shapes_of(wide, shapes, 4).items()
+    }
+    state = dict(source.model.state_dict())
+    lora = lora_module.parse_lora(tensors, {}, state, source.architecture, source="control")
+    merged = {**state, **lora_module.merged_tensors(state, lora)}
+    path = context.models / "diffusion_models" / "control.safetensors"
+    checkpoint.save_model(path, merged, architecture="flux", config=wide, metadata=source.metadata)
+    expected, _ = context.part("nodes.host.loading").load_model(path, "default")
+    with warnings_of_comfyui() as warnings:
+        found, _ = comfy.sd.load_lora_for_models(context.model(architecture="flux"), None, tensors, 1.0, 0)
+    assert not warnings, warnings[:3]
+    picture = {"concat_latent_image": torch.ones(1, 16, *SIZE)}
+    results = [
+        sample(model, conditioning(1, 5, **picture), conditioning(2, 5, **picture))
+        for model in (expected, found)
+    ]
+    assert torch.allclose(*results, atol=1e-3), float((results[0] - results[1]).abs().max())
+    path.unlink()
+
+
 FLUX_CHECKS: tuple[Callable[[Context], None], ...] = (
     lora_files_of_diffusers_fit_flux,
     flux_equals_the_stock_one_on_its_conditioning,
     control_channels_reach_flux,
+    control_loras_widen_flux,
 )
