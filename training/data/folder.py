@@ -46,7 +46,7 @@ def _scan_folder(
     root = Path(dataset.path).expanduser()
     if not root.is_dir():
         raise DataError(f"{where}: {root} must be a folder of images, got {_what_is(root)}")
-    images, rest = _list_files(root, dataset.caption_extension)
+    images, rest = list_files(root, dataset.caption_extension)
     if not images:
         raise DataError(f"{where}: {root} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
     samples: list[Sample] = []
@@ -67,7 +67,7 @@ def _scan_folder(
     return samples
 
 
-def _list_files(root: Path, caption_extension: str) -> tuple[list[Path], list[Path]]:
+def list_files(root: Path, caption_extension: str) -> tuple[list[Path], list[Path]]:
     """Images below a folder, and captions and source pictures, in the order of their names."""
     images, rest = [], []
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).parts):
