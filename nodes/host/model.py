@@ -17,6 +17,8 @@ from ...flowcore.errors import ConfigError, ShapeError
 logger = logging.getLogger("flowcore")
 EMPTY_PROMPT = "flowcore_empty"
 """Entry of a conditioning that our text encoders made from an empty prompt: its number of tokens."""
+TEXT_START = "flowcore_text_start"
+"""Entry of a conditioning whose text stands behind padding: the number of tokens before it."""
 
 
 class FlowCoreModel(comfy.model_base.BaseModel):
@@ -77,19 +79,21 @@ class FlowCoreModel(comfy.model_base.BaseModel):
         context, width = conditions.get("cross_attn"), self.text_shape.width
         if context is not None and width is not None and "flowcore_class" not in conditions:
             _check_width("text states", context, width)
-            found.update(_text_conds(self._cut(context), mask))
+            found.update(_text_conds(self._cut(context, conditions.get(TEXT_START, 0)), mask))
         found.update(self.host.pack(conditions, self.config))
         return found
 
-    def _cut(self, context: Tensor) -> Tensor:
-        """Return the tokens that a model with a most of them was trained to read."""
-        length = self.text_shape.length
-        if not self.host.cuts_text or context.shape[1] <= length:
+    def _cut(self, context: Tensor, start: int) -> Tensor:
+        """Return the tokens that a model with a most of them was trained to read; start: of the text."""
+        length, count = self.text_shape.length, context.shape[1]
+        if not self.host.cuts_text or count <= length:
             return context
-        logger.warning(
-            "a prompt of %d tokens was cut to the %d that the model reads", context.shape[1], length
-        )
-        return context[:, :length]
+        if count - start > length:
+            logger.warning(
+                "a prompt of %d tokens was cut to the %d that the model reads", count - start, length
+            )
+        first = min(start, count - length)
+        return context[:, first : first + length]
 
     def extra_conds_shapes(self, **conditions: Any) -> dict[str, list[int]]:
         """Return the shapes that count towards the memory estimate besides the latents'."""

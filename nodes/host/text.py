@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from ...flowcore.models import find_architecture
 from ...flowcore.text.encoder import DEFAULT_SHAPE, NetworkTextEncoder, TextEncoder
 from ...flowcore.text.loading import load_text_encoder
 from ...flowcore.text.pair import PairTextEncoder
-from .model import EMPTY_PROMPT
+from .model import EMPTY_PROMPT, TEXT_START
 from .operations import own_memory
 from .text_layers import use_text_operations
 
@@ -78,7 +79,15 @@ class TextModel(nn.Module):
         states = torch.cat([part.context for part in said[0]], dim=1).to(place)
         pooled = said[-1][0].pooled
         more = {EMPTY_PROMPT: states.shape[1]} if tokens == self.empty else {}
+        more |= self._text_start(tokens)
         return states, None if pooled is None else pooled.to(place), more
+
+    def _text_start(self, tokens: Tokens) -> dict[str, int]:
+        """Return the entry that tells how much padding stands before the text, none where there is none."""
+        kind, encoder = next(iter(self.encoders.items()))
+        pad = encoder.tokenizer.pad_token_id
+        count = sum(1 for _ in takewhile(lambda entry: entry[0] == pad, tokens[kind][0]))
+        return {TEXT_START: count} if count else {}
 
     def _condition(self, encoder: NetworkTextEncoder, ids: list[int], device: torch.device) -> Conditioning:
         """Return what an encoder says of one section of a prompt."""
