@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from flowcore.assets import resolve
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.models import Architecture, find_architecture
+from flowcore.models.exo import Exo
 from flowcore.weights.checkpoint import load_model, save_model
-from training.config import RunConfig
+from training import exo_parts
+from training.config import LoopConfig, RunConfig
 from training.data.buckets import Bucket, bucket_sizes, nearest_bucket
 from training.data.encoded import EncodedSamples
 from training.data.folder import scan
 from training.data.sample import Reject, Sample
-from training.encoders import caption_encoder, image_encoder
+from training.encoders import CaptionEncoder, ImageEncoder, caption_encoder, image_encoder
 from training.files import RunError, write_atomic
 from training.loop import DTYPES, Run
+from training.objectives.exo import ExoObjective
 from training.objectives.flow_matching import FlowMatchingObjective, Judge, Recipe
+from training.stages import resolve_length, stages_of
 from training.stop import StopFlag
 
 
@@ -46,7 +50,11 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
     Raises: ConfigError, CheckpointError, DataError, each naming the key or file; StoppedError.
     """
     architecture, model_config = prepare_model(config)
-    for key, name in (("vae", config.encoders.vae), ("text", config.encoders.text)):
+    parts = {"vae": config.encoders.vae, "text": config.encoders.text}
+    if architecture.name == "exo":
+        exo_parts.check_exo(config, model_config)
+        del parts["text"]
+    for key, name in parts.items():
         if name is None and config.model.preset != "tiny":
             raise ConfigError(f"encoders.{key} must be named for preset {config.model.preset!r}, got none")
         if name not in (None, "pixels", "bytes"):
@@ -54,6 +62,13 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
     if config.model.weights is not None:
         read_weights(config, architecture, model_config)
     samples, rejects = scan(config.datasets, config.data, stop)
+    edit = next((sample for sample in samples if sample.source), None)
+    if edit and architecture.name != "exo":
+        raise ConfigError(
+            f"datasets must hold no source pictures for {architecture.name}, which does not see them, got "
+            f"{edit.source}; use exo or leave them out"
+        )
+    config = resolve_length(config, len(samples))
     settings = config.buckets
     sizes = bucket_sizes(settings.resolution, settings.multiple, settings.max_aspect)
     buckets = [
@@ -118,6 +133,8 @@ def build_model(prepared: Prepared) -> nn.Module:
     model = architecture.model(prepared.model_config, **(architecture.fresh if is_fresh else {}))
     if config.model.weights is not None:
         model.load_state_dict(read_weights(config, architecture, prepared.model_config))
+    if isinstance(model, Exo):
+        exo_parts.attach_trunk(model, config, prepared.model_config)
     return model
 
 
@@ -160,9 +177,32 @@ def build_objective(
     model = build_model(prepared)
     channels = architecture.latent_channels(prepared.model_config)
     images = image_encoder(config.encoders.vae, channels, architecture.latent_spec, device)
-    text = architecture.text_shape(prepared.model_config)
-    captions = caption_encoder(config.encoders.text, text, device)
-    data = EncodedSamples(
+    objective: FlowMatchingObjective
+    if isinstance(model, Exo):
+        chat = exo_parts.read_prompts(config, prepared.model_config)
+        data = encode_samples(prepared, images, None, stop)
+        objective = ExoObjective(
+            model, architecture, data, images, chat, recipes_of(config), device=device, judge=judge
+        )
+    else:
+        captions = caption_encoder(
+            config.encoders.text, architecture.text_shape(prepared.model_config), device
+        )
+        data = encode_samples(prepared, images, captions, stop)
+        objective = FlowMatchingObjective(
+            model, architecture, data, images, captions, recipes_of(config), device=device, judge=judge
+        )
+    if config.train.compile:
+        objective.module.compile()
+    return objective
+
+
+def encode_samples(
+    prepared: Prepared, images: ImageEncoder, captions: CaptionEncoder | None, stop: StopFlag
+) -> EncodedSamples:
+    """The samples as latents, and their captions as states if there is an encoder for them."""
+    config = prepared.config
+    return EncodedSamples(
         prepared.samples,
         prepared.buckets,
         images,
@@ -172,7 +212,16 @@ def build_objective(
         stop=stop,
         is_lenient=config.data.on_error == "skip",
     )
-    recipe = Recipe(
+
+
+def recipes_of(config: RunConfig) -> list[Recipe]:
+    """What the objective takes from the configuration, for each stage."""
+    return [_recipe(stage.config, stage.first) for stage in stages_of(config)]
+
+
+def _recipe(config: LoopConfig, first_step: int) -> Recipe:
+    assert isinstance(config, RunConfig)
+    return Recipe(
         seed=config.seed,
         batch_size=config.train.batch_size,
         timesteps=config.train.timesteps,
@@ -181,13 +230,15 @@ def build_objective(
         size=config.sampling.size or (config.buckets.resolution, config.buckets.resolution),
         is_checkpointed=config.train.gradient_checkpointing,
         attention=config.train.attention,
+        first_step=first_step,
+        sampling_shift=sampling_shift(config),
+        exo=config.train.exo,
     )
-    objective = FlowMatchingObjective(
-        model, architecture, data, images, captions, recipe, device=device, judge=judge
-    )
-    if config.train.compile:
-        objective.module.compile()
-    return objective
+
+
+def sampling_shift(config: RunConfig) -> float:
+    """Shift of the noise levels at which a trained model is sampled: for exo that of its training."""
+    return config.train.timesteps.shift if config.model.arch == "exo" else 1.0
 
 
 def write_rejects(run: Run, folder: Path, prepared: Prepared) -> None:
@@ -239,13 +290,14 @@ def save_weights(
     metadata = {
         "modelspec.title": config.output.name,
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
-        "flowcore.shift": "1.0",
+        "flowcore.shift": str(sampling_shift(config)),
         **{
             f"flowcore.{part}": name
             for part, name in (("vae", config.encoders.vae), ("text_encoder", config.encoders.text))
-            if name
+            if name and not (part == "text_encoder" and architecture.name == "exo")
         },
         **images.facts,
+        **(exo_parts.exo_facts(config, model_config) if architecture.name == "exo" else {}),
         **(facts or {}),
     }
     cast = {name: state[name].to(kind) for name in names}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -18,12 +19,23 @@ from pydantic import (
 )
 
 from flowcore.errors import ConfigError
-from training.config_file import assign, describe, read_table
+from training.config_file import assign, describe, merged, read_table
 
 CELL = 8
 """Pixels of an image that one latent cell stands for, on a side."""
 
+
+def _compiles(pattern: str) -> str:
+    """The pattern. Raises: ValueError if it is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as err:
+        raise ValueError(f"must be a regular expression ({err})") from err
+    return pattern
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Pattern = Annotated[str, AfterValidator(_compiles)]
 DEVICES = frozenset(
     {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 )
@@ -76,7 +88,7 @@ def _multiple_of(step: int, size: int) -> int:
 class Model(Strict):
     """Architecture, its sizes, and weights to start from."""
 
-    arch: Literal["xut", "flux", "tinyflux", "single_stream"]
+    arch: Literal["xut", "flux", "tinyflux", "single_stream", "exo"]
     preset: str = "tiny"
     weights: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -115,7 +127,11 @@ class Buckets(Strict):
 
 
 class Encoders(Strict):
-    """VAE and text encoder: bundled name, folder or file; `pixels` and `bytes` need no weights."""
+    """VAE and text encoder: bundled name, folder or file; `pixels` and `bytes` need no weights.
+
+    For exo with a trunk by reference `text` is the trunk, a folder or a repository of Qwen3-VL; its presets
+    with a trunk of their own read bytes.
+    """
 
     vae: str | None = None
     text: str | None = None
@@ -144,11 +160,66 @@ class Timesteps(Strict):
     shift: float = Field(1.0, gt=0)
 
 
+class ExoTraining(Strict):
+    """What a run of exo minimises (exo.md 10); other architectures do not read it.
+
+    task: velocity; projector = the picture's latents from its visual tokens; language = words from the states
+    of the trunk's own text. The weights diffusion, edit and perceptual are those of the three losses; of the
+    edit loss, sparsity is the price of a marked cell and labels the weight of the cells' known labels.
+    iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
+    whether samples without source picture have an edit loss, against the estimate of the first iteration.
+    """
+
+    task: Literal["velocity", "projector", "language"] = "velocity"
+    iterations: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (1, 4)
+    diffusion: float = Field(0.9, ge=0)
+    edit: float = Field(0.1, ge=0)
+    perceptual: float = Field(0.05, ge=0)
+    sparsity: float = Field(0.1, gt=0)
+    labels: float = Field(0.2, ge=0)
+    features: Literal["decoder_mid", "lpips", "none"] = "decoder_mid"
+    plain_edits: bool = True
+
+    @field_validator("iterations")
+    @classmethod
+    def _ordered(cls, iterations: tuple[int, int]) -> tuple[int, int]:
+        if iterations[0] > iterations[1]:
+            raise ValueError(f"must be the least and the most, got {list(iterations)}")
+        return iterations
+
+
+class StageTable(Strict):
+    """A part of a run with a length of its own; train, optimizer and schedule override the run's sections."""
+
+    name: str = Field("", pattern=r"^[\w-]*$")
+    steps: int = Field(1, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    train: dict[str, Any] = Field(default_factory=dict)
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    schedule: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_length(self) -> StageTable:
+        if not {"steps", "epochs"} & self.model_fields_set:
+            raise ValueError("steps or epochs must be given, got neither")
+        fixed = {"steps", "epochs", "stages", "compile", "method"} & set(self.train)
+        if fixed:
+            raise ValueError(f"train must not hold {min(fixed)}, which is the run's or the stage's own")
+        return self
+
+
 class Train(Strict):
-    """Length, batch and regularisation of the run."""
+    """Length, batch and regularisation of the run.
+
+    Instead of steps, epochs or stages may tell the length. trainable: patterns (regular expressions) of the
+    parameters that change; none = all.
+    """
 
     method: Literal["full"] = "full"
-    steps: int = Field(ge=1)
+    steps: int = Field(1, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    stages: tuple[StageTable, ...] = ()
+    trainable: tuple[Pattern, ...] = ()
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     grad_clip: float = Field(1.0, ge=0)
@@ -157,6 +228,15 @@ class Train(Strict):
     compile: bool = False
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     timesteps: Timesteps = Timesteps()
+    exo: ExoTraining = ExoTraining()
+
+    @model_validator(mode="after")
+    def _has_length(self) -> Train:
+        if not {"steps", "epochs", "stages"} & self.model_fields_set:
+            raise ValueError("steps must be given, or epochs or stages, got none of them")
+        if self.epochs and self.stages:
+            raise ValueError(f"epochs must be left out with stages, got {self.epochs}")
+        return self
 
     @model_validator(mode="after")
     def _micro_divides(self) -> Train:
@@ -170,24 +250,18 @@ class Train(Strict):
 class Group(Strict):
     """Parameters whose name contains `pattern` (a regular expression), with settings of their own."""
 
-    pattern: str
+    pattern: Pattern
     name: Literal["adamw", "muon", "sgd"] | None = None
     lr: float | None = Field(None, gt=0)
     rule: Literal["constant", "fan_in"] | None = None
     weight_decay: float | None = Field(None, ge=0)
 
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as err:
-            raise ValueError(f"must be a regular expression ({err})") from err
-        return pattern
-
 
 class Optimizer(Strict):
-    """Optimizer; the first group whose pattern matches a parameter decides over it."""
+    """Optimizer; the first group whose pattern matches a parameter decides over it.
+
+    lr_profile `reference` gives every parameter reference_lr, the rate of the recipe's source.
+    """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = Field(1e-4, gt=0)
@@ -195,13 +269,25 @@ class Optimizer(Strict):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     groups: tuple[Group, ...] = ()
+    reference_lr: float | None = Field(None, gt=0)
+    lr_profile: Literal["own", "reference"] = "own"
+
+    @model_validator(mode="after")
+    def _has_reference(self) -> Optimizer:
+        if self.lr_profile == "reference" and self.reference_lr is None:
+            raise ValueError("reference_lr must be given for lr_profile reference, got none")
+        return self
 
 
 class Schedule(Strict):
-    """Multiplier of every learning rate over the steps."""
+    """Multiplier of every learning rate over the steps.
+
+    warmup_share: of the steps of the curve; warmup_steps, if given as well, is the most that it comes to.
+    """
 
     name: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
+    warmup_share: float | None = Field(None, ge=0, le=1)
     steps: int | None = Field(None, ge=1)
     minimum: float = Field(0.0, ge=0, le=1)
 
@@ -248,6 +334,8 @@ class Logging(Strict):
 class LoopConfig(Strict):
     """What every run has, whatever it trains."""
 
+    has_stages: ClassVar[bool] = False
+
     output: Output = Output()
     seed: int = Field(0, ge=0)
     precision: Precision = "float32"
@@ -259,6 +347,12 @@ class LoopConfig(Strict):
     sampling: Sampling = Sampling()
     logging: Logging = Logging()
 
+    @model_validator(mode="after")
+    def _has_steps_alone(self) -> LoopConfig:
+        if not self.has_stages and (self.train.epochs or self.train.stages):
+            raise ValueError("train.steps must tell the length of this run, got epochs or stages")
+        return self
+
     @property
     def folder(self) -> Path:
         """Folder that holds everything of the run."""
@@ -268,12 +362,34 @@ class LoopConfig(Strict):
 class RunConfig(LoopConfig):
     """A run of `training.run`: a flow-matching model on folders of captioned images."""
 
+    has_stages: ClassVar[bool] = True
+
     model: Model
     datasets: tuple[Dataset, ...] = Field(min_length=1)
     buckets: Buckets = Buckets()
     encoders: Encoders = Encoders()
     data: Data = Data()
     cache: Cache = Cache()
+
+    @model_validator(mode="after")
+    def _stages_are_valid(self) -> RunConfig:
+        for number in range(len(self.train.stages)):
+            try:
+                self.stage(number)
+            except ValidationError as err:
+                raise ValueError(describe(RunConfig, err, f"train.stages.{number}", [])) from err
+        return self
+
+    def stage(self, number: int) -> RunConfig:
+        """The configuration of one stage by itself; its schedule is as long as it is, unless it says else."""
+        stage = self.train.stages[number]
+        table = self.model_dump()
+        table["train"] |= {"stages": (), "epochs": None}
+        table["schedule"]["steps"] = None
+        for name in ("train", "optimizer", "schedule"):
+            table[name] = merged(table[name], getattr(stage, name))
+        table["train"]["steps"] = stage.steps
+        return RunConfig.model_validate(table)
 
 
 class PartConfig(LoopConfig):

@@ -102,6 +102,16 @@ def _index(node: list[object], part: str, name: str) -> int:
     return int(part)
 
 
+def merged(table: Table, changes: Mapping[str, Any]) -> Table:
+    """A copy of a table with changes, in its inner tables as well."""
+    result = dict(table)
+    for name, value in changes.items():
+        inner = result.get(name)
+        is_table = isinstance(inner, dict) and isinstance(value, Mapping)
+        result[name] = merged(result[name], value) if is_table else value
+    return result
+
+
 def describe(kind: type[BaseModel], err: ValidationError, source: str, assigned: Sequence[str]) -> str:
     """The first problem of a validation error in one line; an unknown key comes before what it leaves out.
 

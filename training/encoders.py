@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,6 +15,15 @@ from torch.nn import functional
 from flowcore.assets import resolve
 from flowcore.conditioning import Conditioning, TextShape
 from flowcore.errors import ConfigError
+from flowcore.models.exo import ExoConfig
+from flowcore.text.qwen3_vl import (
+    LEAST,
+    ByteTokenizer,
+    ChatTokenizer,
+    Tokenizer,
+    encode_prompts,
+    fit_pictures,
+)
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.checkpoint import read_tensors
 from training.files import sha256
@@ -132,6 +142,32 @@ class FileCaptionEncoder:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """States of the tokens, and what goes with them."""
         return self.encoder.encode(prompts).cut(self.length)
+
+
+class ChatEncoder:
+    """Prompts, with pictures or without, as token ids of the chat that exo's trunk reads."""
+
+    def __init__(self, tokenizer: Tokenizer, identity: str, *, least: int, patch: int) -> None:
+        """Join a tokenizer, the least number of visual tokens, and the side of the trunk's patches."""
+        self.tokenizer, self.identity, self.least, self.patch = tokenizer, identity, least, patch
+
+    def encode(self, prompts: Sequence[str], pictures: Tensor | None = None) -> Conditioning:
+        """Token ids `b m 1`, and the patches of pictures `b 3 y x` in [-1, 1] of one size."""
+        if pictures is not None:
+            pictures = fit_pictures(pictures, least=self.least)
+        return encode_prompts(self.tokenizer, prompts, pictures, patch=self.patch)
+
+
+def chat_encoder(trunk: Path | None, config: ExoConfig) -> ChatEncoder:
+    """What reads prompts for a trunk's folder, or for exo's own trunk without one.
+
+    Raises: CheckpointError if the folder lacks tokenizer or chat template.
+    """
+    patch = int(config.trunk["vision_config"]["patch_size"])
+    if trunk is None:
+        words = f"bytes-{'-'.join(config.words)}"
+        return ChatEncoder(ByteTokenizer(config.words), words, least=1, patch=patch)
+    return ChatEncoder(ChatTokenizer(trunk), str(trunk), least=LEAST, patch=patch)
 
 
 def image_encoder(name: str | None, channels: int, spec: str, device: torch.device) -> ImageEncoder:

@@ -116,7 +116,8 @@ def refuse_changes(folder: Path, config: LoopConfig) -> None:
         old, new = before.get(name), now.get(name)
         if old == new or name.startswith(_FREE):
             continue
-        if name == "train.steps" and isinstance(old, int) and isinstance(new, int) and new >= old:
+        is_length = name in ("train.steps", f"train.stages.{len(config.train.stages) - 1}.steps")
+        if is_length and isinstance(old, int) and isinstance(new, int) and new >= old:
             continue
         raise ConfigError(
             f"{name} must stay {old!r} to continue the run in {folder}, got {new!r}; "

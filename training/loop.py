@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from training.ema import Ema
 from training.files import RunError
 from training.keys import key
 from training.log import ORDER_COLUMNS, CsvLog, MetricLog, plot_loss, read_metrics, write_status
-from training.optim import OptimizerSet, lr_multiplier
+from training.optim import OptimizerSet, base_lr, lr_multiplier
+from training.stages import Stage, stage_at, stages_of, trained_names, warmup_steps
 from training.state import Checkpoint, save_checkpoint
 from training.stop import StopFlag, StoppedError
 
@@ -42,22 +43,57 @@ class Objective(Protocol):
         """Writes samples made with the present weights; returns named measurements."""
 
 
+@runtime_checkable
+class Refers(Protocol):
+    """A module that uses a network whose weights belong to files of their own."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The tensors that are not the other network's."""
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module that a checkpoint holds."""
+    return module.own_state() if isinstance(module, Refers) else module.state_dict()
+
+
 class Run:
     """Weights, optimizer and average of one run, and the step they stand at."""
 
     def __init__(self, config: LoopConfig, objective: Objective, device: torch.device) -> None:
-        """Builds the optimizer and the average for the objective's module."""
+        """Builds the average of all that a stage trains, and the optimizer of the first stage.
+
+        Raises: ConfigError if patterns of a stage match no parameter.
+        """
         self.config, self.objective, self.device = config, objective, device
         self.module = objective.module
-        self.optimizers = OptimizerSet(self.module, config.optimizer)
+        self.stages = stages_of(config)
+        self._trained = [set(trained_names(self.module, s.config.train.trainable)) for s in self.stages]
+        self._train_only(set().union(*self._trained))
         self.ema = Ema(self.module, config.ema.decay, warmup=config.ema.warmup) if config.ema.decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.step = 0
+        self._enter(0)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the optimizer is of."""
+        return self.stages[self._stage]
+
+    def _enter(self, number: int) -> None:
+        """Lets what a stage trains change, and nothing else, by an optimizer without state."""
+        self._stage = number
+        self._train_only(self._trained[number])
+        self.optimizers = OptimizerSet(self.module, self.stage.config.optimizer)
+
+    def _train_only(self, names: set[str]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in names)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint. Raises: CheckpointError if it is of another model or optimizer."""
         try:
-            self.module.load_state_dict(checkpoint.tensors("weights"))
+            self._enter(checkpoint.facts.get("stage", 0))
+            self._load_weights(checkpoint.tensors("weights"))
             self.optimizers.load_state_tensors(checkpoint.tensors("optimizer"))
             if self.ema:
                 self.ema.load(checkpoint.tensors("ema"), checkpoint.facts["ema_updates"])
@@ -69,14 +105,25 @@ class Run:
             ) from err
         self.step = checkpoint.step
 
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `own_state` gave. Raises: LookupError, RuntimeError for other names or shapes."""
+        differing = sorted(tensors.keys() ^ own_state(self.module).keys())
+        if differing:
+            raise LookupError(f"tensor {differing[0]}")
+        self.module.load_state_dict({**self.module.state_dict(), **tensors})
+
     def save(self, folder: Path) -> None:
         """Writes `folder/checkpoints/step-NNNNNNNN` for the present step."""
-        parts = {"weights": self.module.state_dict(), "optimizer": self.optimizers.state_tensors()}
+        parts = {"weights": own_state(self.module), "optimizer": self.optimizers.state_tensors()}
         if self.ema:
             parts["ema"] = self.ema.average
         if self.scaler.is_enabled():
             parts["scaler"] = {k: torch.tensor(v) for k, v in self.scaler.state_dict().items()}
-        facts = {"ema_updates": self.ema.updates if self.ema else 0}
+        facts = {
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "stage": self._stage,
+            "stage_first_step": self.stage.first,
+        }
         save_checkpoint(folder / "checkpoints", self.step, parts, facts, self.config.checkpoint.keep)
 
     @contextlib.contextmanager
@@ -98,13 +145,16 @@ class Run:
         Raises: RunError if the loss or the gradient is not finite; weights are then those of the step before.
         """
         started = time.perf_counter()
+        if self._stage != stage_at(self.stages, self.step):
+            self._enter(stage_at(self.stages, self.step))
+        config = self.stage.config
         torch.manual_seed(key(self.config.seed, "model", self.step))
         loss = self._backward()
         if not math.isfinite(loss):
             raise RunError(f"step {self.step + 1}: loss must be finite, got {loss}; lower optimizer.lr")
         for optimizer in self.optimizers.optimizers:
             self.scaler.unscale_(optimizer)
-        clip = self.config.train.grad_clip or math.inf
+        clip = config.train.grad_clip or math.inf
         grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), clip))
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             raise RunError(
@@ -118,26 +168,28 @@ class Run:
         return {
             "step": self.step,
             "loss": loss,
-            "lr": self.config.optimizer.lr * multiplier,
+            "lr": base_lr(config.optimizer) * multiplier,
             "grad_norm": grad_norm,
             "seconds": time.perf_counter() - started,
         }
 
     def multiplier(self, step: int) -> float:
-        """Learning-rate factor of a step."""
-        schedule = self.config.schedule
+        """Learning-rate factor of a step of the present stage."""
+        config = self.stage.config
+        schedule = config.schedule
         return lr_multiplier(
             schedule.name,
-            step,
-            steps=schedule.steps or self.config.train.steps,
-            warmup_steps=schedule.warmup_steps,
+            step - self.stage.first,
+            steps=schedule.steps or config.train.steps,
+            warmup_steps=warmup_steps(config),
             minimum=schedule.minimum,
         )
 
     def _backward(self) -> float:
         """Gradients of the global batch, micro-batch by micro-batch; returns the mean loss."""
-        batch = self.config.train.batch_size
-        micro = self.config.train.micro_batch_size or batch
+        train = self.stage.config.train
+        batch = train.batch_size
+        micro = train.micro_batch_size or batch
         total = torch.zeros((), device=self.device)
         for first in range(0, batch, micro):
             part = slice(first, min(first + micro, batch))

@@ -15,6 +15,13 @@ from flowcore.errors import ConfigError
 from training.config import Group, Optimizer
 
 
+def base_lr(config: Optimizer) -> float:
+    """The learning rate of parameters that no group gives one of its own."""
+    if config.lr_profile == "reference" and config.reference_lr is not None:
+        return config.reference_lr
+    return config.lr
+
+
 def fan_in(shape: Sequence[int]) -> int:
     """Inputs that one output of a parameter sums over: all axes but the first, all of them for vectors.
 
@@ -84,6 +91,8 @@ def _settings(
         key: own if (own := getattr(group, key, None)) is not None else getattr(config, key)
         for key in ("name", "lr", "rule", "weight_decay")
     }
+    if config.lr_profile == "reference":
+        values["lr"] = base_lr(config)
     if values["name"] == "muon" and parameter.ndim != 2:
         raise ConfigError(
             f"optimizer.groups: muon takes matrices only, got {name} of shape {tuple(parameter.shape)}; "

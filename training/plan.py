@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from flowcore.conditioning import Conditioning
+from flowcore.models.exo import Exo
+from flowcore.models.exo.trunk import build_trunk
 from flowcore.ops import DEFAULT_RUNTIME, Runtime, run_checkpointed
 from training.assemble import Prepared
-from training.config import CELL, RunConfig
+from training.config import CELL, LoopConfig, RunConfig
 from training.data.buckets import Bucket, crop_and_zoom
+from training.loop import DTYPES
 from training.optim import plan_groups
+from training.stages import stages_of, trained_names
 
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
 TEXT_TOKENS = 64
@@ -26,7 +30,8 @@ MAX_CROP, MAX_ZOOM = 1 / 3, 1.5
 def make_plan(prepared: Prepared) -> dict[str, Any]:
     """The plan as JSON-like values; memory in bytes, bucket sizes in pixels."""
     config = prepared.config
-    module = prepared.architecture.model(prepared.model_config, device="meta")
+    module = meta_model(prepared)
+    train_stages(module, config)
     buckets = Counter(prepared.buckets)
     return {
         "arch": prepared.architecture.name,
@@ -41,28 +46,65 @@ def make_plan(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def meta_model(prepared: Prepared) -> nn.Module:
+    """The model without values, with the trunk that exo refers to."""
+    module = prepared.architecture.model(prepared.model_config, device="meta")
+    if isinstance(module, Exo):
+        if module.trunk is None:
+            module.attach(build_trunk(prepared.model_config.trunk, device="meta"))
+        module.to("meta")  # tables that no file holds have values even so
+    return module
+
+
+def train_stages(module: nn.Module, config: RunConfig) -> None:
+    """Lets those parameters change that some stage trains. Raises: ConfigError if patterns match none."""
+    trained = {name for s in stages_of(config) for name in trained_names(module, s.config.train.trainable)}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
 def memory(module: nn.Module, prepared: Prepared, bucket: Bucket) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer, average and activations; the activations are an upper bound."""
+    """Bytes of weights, gradients, optimizer, average and activations; the activations are an upper bound.
+
+    Of gradients, optimizer and activations the stage that needs most of each counts. Weights that no stage
+    trains are in the precision of the run.
+    """
     config = prepared.config
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    groups = plan_groups(named.items(), config.optimizer)
-    weights = sum(p.numel() * 4 for p in module.parameters())
-    trained = sum(p.numel() * 4 for p in named.values())
+    frozen = DTYPES[config.precision].itemsize
+    weights = sum(p.numel() * (4 if p.requires_grad else frozen) for p in module.parameters())
+    trained = sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)
+    stages = [_stage_memory(module, prepared, stage.config, bucket) for stage in stages_of(config)]
     parts = {
         "weights": weights,
-        "gradients": trained,
-        "optimizer": sum(
-            OPTIMIZER_BYTES[g.optimizer] * sum(named[n].numel() for n in g.names) for g in groups
-        ),
+        **{name: max(stage[name] for stage in stages) for name in ("gradients", "optimizer")},
         "ema": trained if config.ema.decay else 0,
-        "activations": _activations(module, prepared, bucket),
+        "activations": max(stage["activations"] for stage in stages),
     }
     return {**parts, "total": sum(parts.values())}
 
 
-def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
-    """Bytes that one micro-batch saves for the backward pass, counted on the meta device."""
-    config, model_config = prepared.config, prepared.model_config
+def _stage_memory(
+    module: nn.Module, prepared: Prepared, config: LoopConfig, bucket: Bucket
+) -> dict[str, int]:
+    """Bytes of gradients, optimizer and activations of a stage."""
+    names = trained_names(module, config.train.trainable)
+    named = {name: module.get_parameter(name) for name in names}
+    groups = plan_groups(named.items(), config.optimizer)
+    return {
+        "gradients": sum(p.numel() * 4 for p in named.values()),
+        "optimizer": sum(
+            OPTIMIZER_BYTES[g.optimizer] * sum(named[n].numel() for n in g.names) for g in groups
+        ),
+        "activations": _activations(module, prepared, config, bucket),
+    }
+
+
+def _activations(module: nn.Module, prepared: Prepared, config: LoopConfig, bucket: Bucket) -> int:
+    """Bytes that one micro-batch saves for the backward pass, counted on the meta device.
+
+    Exo is counted with prompts alone and the most iterations; all that some stage trains takes a gradient.
+    """
+    model_config = prepared.model_config
     batch = config.train.micro_batch_size or config.train.batch_size
     channels = prepared.architecture.latent_channels(model_config)
     height, width = bucket.height // CELL, bucket.width // CELL
@@ -83,7 +125,7 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
             latents,
             torch.empty(batch, device="meta"),
             conditioning,
-            generator=torch.Generator(),
+            **_options(prepared, config),
             runtime=Runtime(run_block=run_checkpointed)
             if config.train.gradient_checkpointing
             else DEFAULT_RUNTIME,
@@ -92,12 +134,21 @@ def _activations(module: nn.Module, prepared: Prepared, bucket: Bucket) -> int:
     return int(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * scale)
 
 
+def _options(prepared: Prepared, config: LoopConfig) -> dict[str, Any]:
+    """What a step of training passes to the architecture besides the conditions."""
+    if prepared.architecture.name == "exo":
+        return {"iterations": config.train.exo.iterations[1]}
+    return {"generator": torch.Generator()}
+
+
 def _conditioning(prepared: Prepared, batch: int, width: int, height: int) -> Conditioning:
     """Conditions of the shapes that training has, without values; width and height in latents."""
     text = prepared.architecture.text_shape(prepared.model_config)
     extras = prepared.architecture.size_extras(prepared.model_config, width, height)
+    dtype = torch.long if prepared.architecture.name == "exo" else None  # token ids
+    shape = (batch, min(TEXT_TOKENS, text.length), text.width or 0)
     return Conditioning(
-        context=None if text.width is None else torch.empty(batch, min(TEXT_TOKENS, text.length), text.width),
+        context=None if text.width is None else torch.empty(shape, dtype=dtype),
         pooled=torch.empty(batch, text.pooled) if text.pooled is not None and text.needs_pooled else None,
         extras={name: value.expand(batch, *value.shape[1:]) for name, value in extras.items()},
     ).to("meta")

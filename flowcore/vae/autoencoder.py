@@ -15,7 +15,7 @@ from ..weights.placement import move
 from .config import latent_grid
 from .files import VaeFile, read_vae, save_autoencoder
 from .latent_spec import LATENT_SPECS, LatentSpec
-from .network import build_autoencoder
+from .network import Flux2Autoencoder, build_autoencoder
 from .tiling import TileCallback, Tiling, in_tiles
 
 __all__ = ["Autoencoder", "build_autoencoder", "load_vae", "save_autoencoder"]
@@ -93,6 +93,20 @@ class Autoencoder:
         if cells is None:
             return self._images(raw)
         return in_tiles(self._images, raw, cells=cells, after=side, callback=self.on_tile)
+
+    def features(self, latents: Tensor) -> Tensor:
+        """Return what the decoder's middle block makes of model-space latents, `b k y x` in its dtype.
+
+        A measure of likeness that costs a fraction of a picture; gradients run through it to the latents.
+        """
+        raw = self.spec.from_model(latents.to(self.device, torch.float32)).to(self.dtype)
+        if isinstance(self.module, Flux2Autoencoder):
+            raw = self.module.unpack(raw)
+        if self.module.post_quant_conv is not None:
+            raw = self.module.post_quant_conv(raw)
+        decoder = self.module.decoder
+        result: Tensor = decoder.mid_block(decoder.conv_in(raw))
+        return result
 
     def _moments(self, images: Tensor) -> Tensor:
         """Return mean and log-variance of the posterior, side by side, `b 2c h w`."""

@@ -49,14 +49,13 @@ class Flux2Autoencoder(AutoencoderKL):  # type: ignore[misc]  # untyped library
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Return images `b 3 y x` of packed latents `b 4c h w`."""
+        return super().decode(self.unpack(z), return_dict=return_dict, generator=generator)
+
+    def unpack(self, z: Tensor) -> Tensor:
+        """Return what the decoder takes, `b c y x`, of packed latents `b 4c h w`."""
         center, spread = self._statistics(z)
-        raw = rearrange(
-            (z * spread + center).to(self.dtype),
-            "b (c pi pj) i j -> b c (i pi) (j pj)",
-            pi=FLUX2_PATCH,
-            pj=FLUX2_PATCH,
-        )
-        return super().decode(raw, return_dict=return_dict, generator=generator)
+        unpacked = "b (c pi pj) i j -> b c (i pi) (j pj)"
+        return rearrange((z * spread + center).to(self.dtype), unpacked, pi=FLUX2_PATCH, pj=FLUX2_PATCH)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation as `1 4c 1 1`, at least float32, on the latents' device."""

@@ -155,9 +155,21 @@ def bare_trunk(tensors: Mapping[str, Tensor]) -> LazyTensors:
 
 def fingerprint(trunk: nn.Module) -> str:
     """Return the hash that tells trunks of equal shapes apart: sha256 of two norms in bfloat16."""
+    return _fingerprint({name: trunk.get_parameter(name) for name in _FINGERPRINTED})
+
+
+def trunk_reference(name: str | None, folder: Path | None) -> dict[str, Any]:
+    """Return what a file says of its trunk, named so and lying in the folder; None = the file holds it."""
+    if folder is None:
+        return {"kind": "embedded"}
+    found = _fingerprint(bare_trunk(read_tensors(folder)[0]))
+    return {"kind": "reference", "repo": name, "revision": None, "fingerprint": found}
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in _FINGERPRINTED:
-        weight = trunk.get_parameter(name).detach().to("cpu", torch.bfloat16)
+        weight = tensors[name].detach().to("cpu", torch.bfloat16)
         digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -36,7 +36,7 @@ class EncodedSamples:
         samples: Sequence[Sample],
         buckets: Sequence[Bucket],
         image_encoder: ImageEncoder,
-        caption_encoder: CaptionEncoder,
+        caption_encoder: CaptionEncoder | None,
         *,
         folder: Path | None,
         dtype: str,
@@ -49,7 +49,8 @@ class EncodedSamples:
             samples: what to encode.
             buckets: the picture size of each sample.
             image_encoder: of the images.
-            caption_encoder: of the captions, and of the empty caption that stands for none.
+            caption_encoder: of the captions, and of the empty caption that stands for none; None leaves them
+                as they are, then there is no `conditioning`.
             folder: cache folder, or None to keep all in memory.
             dtype: in which tensors are stored.
             stop: asked between samples.
@@ -60,7 +61,6 @@ class EncodedSamples:
         """
         self._dtype, self._stop, self._is_lenient = DTYPES[dtype], stop, is_lenient
         self._latents = TensorCache(folder and folder / f"latents-{image_encoder.identity}-{dtype}", stop)
-        self._texts = TensorCache(folder and folder / f"text-{caption_encoder.identity}-{dtype}", stop)
         self.samples: list[Sample] = []
         self.buckets: list[Bucket] = []
         self.rejects: list[Reject] = []
@@ -73,7 +73,10 @@ class EncodedSamples:
             first = self.rejects[0]
             raise DataError(f"datasets must hold a usable image, got none; {first.path}: {first.reason}")
         self._text_keys: dict[str, str] = {}
-        self._encode_captions(caption_encoder)
+        if caption_encoder:
+            texts = folder and folder / f"text-{caption_encoder.identity}-{dtype}"
+            self._texts = TensorCache(texts, stop)
+            self._encode_captions(caption_encoder)
 
     def latents(self, numbers: Sequence[int]) -> Tensor:
         """Latents `b c h w`, float32, of samples of one bucket."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcore.conditioning import Conditioning, cat
-from flowcore.flow import StepState, VelocityFn, cfg, interpolate, noise_law, sigma_grid
+from flowcore.flow import NoiseLaw, PathSample, StepState, VelocityFn, cfg, interpolate, noise_law, sigma_grid
 from flowcore.flow.solvers import euler
 from flowcore.layers.attention import find_attention
 from flowcore.models import Architecture
 from flowcore.ops import Runtime, run_checkpointed, run_plain
-from training.config import Sampling, Timesteps
+from training.config import ExoTraining, Sampling, Timesteps
+from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
 from training.data.order import BatchOrder
 from training.encoders import CaptionEncoder, ImageEncoder
@@ -32,7 +34,10 @@ Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What the objective takes from a run's configuration."""
+    """What the objective takes from the configuration of a run's stage, which begins at first_step.
+
+    sampling_shift: of the noise levels of samples.
+    """
 
     seed: int
     batch_size: int
@@ -42,6 +47,37 @@ class Recipe:
     size: tuple[int, int]
     is_checkpointed: bool = False
     attention: str = "auto"
+    first_step: int = 0
+    sampling_shift: float = 1.0
+    exo: ExoTraining = field(default_factory=ExoTraining)
+
+    def runtime(self) -> Runtime:
+        """How blocks and attention are computed."""
+        run_block = run_checkpointed if self.is_checkpointed else run_plain
+        return Runtime(attention=find_attention(self.attention), run_block=run_block)
+
+    def law(self) -> NoiseLaw:
+        """The law of the noise levels."""
+        times = self.timesteps
+        parameters = {"mean": times.mean, "std": times.std} if times.law == "logit_normal" else {}
+        return noise_law(times.law, shift=times.shift, **parameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """Samples of a batch with what chance gives them: a noise level, and whether the caption is dropped.
+
+    clean `b c h w` on the device; dropped `b`; sigma `b`.
+    """
+
+    step: int
+    first: int
+    numbers: list[int]
+    captions: list[str]
+    dropped: Tensor
+    clean: Tensor
+    sample: PathSample
+    sigma: Tensor
 
 
 class FlowMatchingObjective:
@@ -58,31 +94,34 @@ class FlowMatchingObjective:
         data: EncodedSamples,
         image_encoder: ImageEncoder,
         caption_encoder: CaptionEncoder,
-        recipe: Recipe,
+        recipes: Sequence[Recipe],
         *,
         device: torch.device,
         judge: Judge | None = None,
     ) -> None:
-        """Groups the samples into buckets; `judge` measures previews."""
+        """Groups the samples into buckets; recipes: of the run's stages; `judge` measures previews."""
         self.module = module.to(device)
-        self.architecture, self.data, self.recipe = architecture, data, recipe
+        self.architecture, self.data, self.recipes = architecture, data, recipes
+        self.recipe = recipes[0]
         self.device, self.judge = device, judge
         self.image_encoder, self.caption_encoder = image_encoder, caption_encoder
+        kinds = [self.kind_of(number) for number in range(len(data.samples))]
         self.groups: list[list[int]] = [
-            [n for n, b in enumerate(data.buckets) if b == bucket] for bucket in sorted(set(data.buckets))
+            [number for number, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))
         ]
-        self.order = BatchOrder(recipe.seed, tuple(map(len, self.groups)), recipe.batch_size)
-        times = recipe.timesteps
-        parameters = {"mean": times.mean, "std": times.std} if times.law == "logit_normal" else {}
-        self.runtime = Runtime(
-            attention=find_attention(recipe.attention),
-            run_block=run_checkpointed if recipe.is_checkpointed else run_plain,
-        )
-        self.law = noise_law(times.law, shift=times.shift, **parameters)
+
+    def kind_of(self, number: int) -> tuple[Bucket, bool]:
+        """What the samples of one batch have in common."""
+        return self.data.buckets[number], False
+
+    def recipe_at(self, step: int) -> Recipe:
+        """The recipe of the stage that a step lies in."""
+        return next(recipe for recipe in reversed(self.recipes) if recipe.first_step <= step)
 
     def samples(self, step: int) -> list[int]:
         """Numbers of the samples in the global batch of a step."""
-        bucket, positions = self.order.batch(step)
+        order = BatchOrder(self.recipe.seed, tuple(map(len, self.groups)), self.recipe_at(step).batch_size)
+        bucket, positions = order.batch(step)
         return [self.groups[bucket][p] for p in positions]
 
     def batch_keys(self, step: int) -> tuple[str, list[str]]:
@@ -93,26 +132,52 @@ class FlowMatchingObjective:
 
     def loss(self, step: int, part: slice) -> Tensor:
         """Mean squared velocity error of samples `part` of a step's batch, float32."""
-        numbers = self.samples(step)
+        draw = self.draw(step, part)
+        predicted = self.predict(draw, self.conditioning(draw))
+        return functional.mse_loss(predicted.float(), draw.sample.velocity)
+
+    def draw(self, step: int, part: slice) -> Draw:
+        """Samples `part` of a step's batch, noised."""
+        recipe, numbers = self.recipe_at(step), self.samples(step)
         clean = self.data.latents(numbers[part])
         uniforms, noises, captions, dropped = [], [], [], []
         for position, number in list(enumerate(numbers))[part]:
-            draw = generator(self.recipe.seed, "sample", step, position)
-            level, drop = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+            chance = generator(recipe.seed, "sample", step, position)
+            level, drop = torch.rand(2, generator=chance, dtype=torch.float64).tolist()
             uniforms.append(level)
-            dropped.append(drop < self.recipe.cond_dropout)
+            dropped.append(drop < recipe.cond_dropout)
             captions.append("" if dropped[-1] else self.data.samples[number].caption)
-            noises.append(self.data.noise(number, draw))
-        quantiles = self.law.quantile(torch.tensor(uniforms, dtype=torch.float64))
+            noises.append(self.data.noise(number, chance))
+        quantiles = recipe.law().quantile(torch.tensor(uniforms, dtype=torch.float64))
         sigma = quantiles.float().clamp(FLOOR, 1 - FLOOR).to(self.device)
-        sample = interpolate(clean.to(self.device), torch.stack(noises).to(self.device), sigma)
-        text = self._with_null(self.data.conditioning(captions), torch.tensor(dropped))
-        conditioning = self.with_size(text, clean).to(self.device)
-        routing = generator(self.recipe.seed, "routing", step, part.start)
-        predicted = self.architecture.velocity(
-            self.module.forward, sample.noised, sigma, conditioning, generator=routing, runtime=self.runtime
+        clean = clean.to(self.device)
+        return Draw(
+            step=step,
+            first=part.start,
+            numbers=numbers[part],
+            captions=captions,
+            dropped=torch.tensor(dropped),
+            clean=clean,
+            sample=interpolate(clean, torch.stack(noises).to(self.device), sigma),
+            sigma=sigma,
         )
-        return functional.mse_loss(predicted.float(), sample.velocity)
+
+    def conditioning(self, draw: Draw) -> Conditioning:
+        """What the model is told of samples, on the device."""
+        text = self._with_null(self.data.conditioning(draw.captions), draw.dropped)
+        return self.with_size(text, draw.clean).to(self.device)
+
+    def predict(self, draw: Draw, conditioning: Conditioning) -> Tensor:
+        """The velocity `b c h w` of noised samples."""
+        recipe = self.recipe_at(draw.step)
+        return self.architecture.velocity(
+            self.module.forward,
+            draw.sample.noised,
+            draw.sigma,
+            conditioning,
+            generator=generator(recipe.seed, "routing", draw.step, draw.first),
+            runtime=recipe.runtime(),
+        )
 
     def _with_null(self, text: Conditioning, dropped: Tensor) -> Conditioning:
         """The conditioning of captions, in the rows `dropped` (`b`) that of a model told nothing."""
@@ -162,21 +227,27 @@ class FlowMatchingObjective:
         told, empty = (self.caption_encoder.encode(texts) for texts in ([*prompts], [""] * len(prompts)))
         both = cat([told, self.architecture.null_text(empty)])
         conditioning = self.with_size(both, noise.repeat(2, 1, 1, 1)).to(self.device)
-        velocity = self._guided(conditioning, sampling.cfg)
+        velocity = self._guided(conditioning, sampling.cfg, self.sampling_options(conditioning, noise))
 
         def check(state: StepState) -> None:
             del state
             stop.check()
 
-        latents = euler(velocity, noise, sigma_grid(sampling.steps), callback=check)
+        latents = euler(
+            velocity, noise, sigma_grid(sampling.steps, self.recipe.sampling_shift), callback=check
+        )
         return torch.cat([self.image_encoder.decode(part) for part in torch.split(latents, 16)]).cpu()
 
-    def _guided(self, conditioning: Conditioning, scale: float) -> VelocityFn:
+    def sampling_options(self, conditioning: Conditioning, noise: Tensor) -> dict[str, Any]:  # noqa: ARG002
+        """What the architecture's velocity is given in every step of sampling, besides the conditions."""
+        return {}
+
+    def _guided(self, conditioning: Conditioning, scale: float, options: dict[str, Any]) -> VelocityFn:
         """Guided velocity from one batch of conditional and unconditional rows."""
 
         def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
             result = self.architecture.velocity(
-                self.module.forward, x.repeat(2, 1, 1, 1), sigma.repeat(2), conditioning
+                self.module.forward, x.repeat(2, 1, 1, 1), sigma.repeat(2), conditioning, **options
             )
             conditional, unconditional = result.chunk(2)
             return conditional, unconditional

@@ -32,12 +32,31 @@ LOOKBACK = 5
 """Words before the present one that a state must tell: "left of a large blue square" from end to end."""
 
 
-class LanguageObjective:
-    """Cross-entropy of the next token, plus that of the present and of the LOOKBACK tokens before it.
+def next_loss(states: Tensor, table: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of each next token by the embeddings `v d`, of states `b m d`, ids and mask `b m`."""
+    following = functional.linear(states[:, :-1][mask[:, 1:]].float(), table.float())
+    return functional.cross_entropy(following, ids[:, 1:][mask[:, 1:]])
 
-    The latter are read through fixed random heads, one for each distance, and count as two losses together:
-    the present token's and the mean of the others'.
-    """
+
+class TokenHeads:
+    """Fixed random heads, one for each distance, that read the present token and the LOOKBACK before it."""
+
+    def __init__(self, vocab: int, width: int, seed: int, device: torch.device) -> None:
+        """Heads for states of a width, over a vocabulary."""
+        heads = torch.randn(1 + LOOKBACK, vocab, width, generator=generator(seed, "head"))
+        self.heads = heads.mul(HEAD_GAIN * HEAD_STD).to(device)
+
+    def spoken_loss(self, states: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy of the present token, plus the mean of the earlier ones', of states `b m d`."""
+        start = ids[:, :1].expand(-1, LOOKBACK)
+        spoken = torch.cat((start, ids), dim=1).unfold(1, 1 + LOOKBACK, 1).flip(2)  # b m k
+        logits = torch.einsum("n d, k v d -> n v k", states[mask].float(), self.heads)
+        told = functional.cross_entropy(logits, spoken[mask], reduction="none").mean(0)
+        return told[0] + told[1:].mean()
+
+
+class LanguageObjective:
+    """Cross-entropy of the next token, plus that of the present and of the LOOKBACK tokens before it."""
 
     def __init__(
         self,
@@ -53,18 +72,15 @@ class LanguageObjective:
         self.encoder, self.device = encoder, device
         self.ids, self.mask = encoder.tokenize(captions)
         self.order = BatchOrder(seed, (len(captions),), batch_size)
-        shape = encoder.model.embed_tokens.weight.shape
-        heads = torch.randn(1 + LOOKBACK, *shape, generator=generator(seed, "head"))
-        self.heads = heads.mul(HEAD_GAIN * HEAD_STD).to(device)
-        start = self.ids[:, :1].expand(-1, LOOKBACK)
-        self.spoken = torch.cat((start, self.ids), dim=1).unfold(1, 1 + LOOKBACK, 1).flip(2)  # b m k
+        vocab, width = encoder.model.embed_tokens.weight.shape
+        self.heads = TokenHeads(vocab, width, seed, device)
 
     def batch_keys(self, step: int) -> tuple[str, list[str]]:
         """One bucket for all, and the numbers of the captions of a step's global batch."""
         return "captions", [str(number) for number in self.order.batch(step)[1]]
 
     def loss(self, step: int, part: slice) -> Tensor:
-        """Sum of the three cross-entropies over the real tokens of samples `part`."""
+        """Sum of the cross-entropies over the real tokens of samples `part`."""
         from flowcore.text.gemma3 import text_states
 
         _, numbers = self.order.batch(step)
@@ -73,11 +89,8 @@ class LanguageObjective:
         length = int(mask.sum(1).max())
         ids, mask = self.ids[rows, :length].to(self.device), mask[:, :length].to(self.device)
         states = text_states(self.module, ids, mask).float()  # b m d
-        following = functional.linear(states[:, :-1][mask[:, 1:]], self.module.embed_tokens.weight.float())
-        spoken = self.spoken[rows, :length].to(self.device)[mask]  # n k: the present token, the one before...
-        logits = torch.einsum("n d, k v d -> n v k", states[mask], self.heads)
-        told = functional.cross_entropy(logits, spoken, reduction="none").mean(0)
-        return functional.cross_entropy(following, ids[:, 1:][mask[:, 1:]]) + told[0] + told[1:].mean()
+        table = self.module.embed_tokens.weight
+        return next_loss(states, table, ids, mask) + self.heads.spoken_loss(states, ids, mask)
 
     def preview(self, folder: Path, step: int, stop: StopFlag) -> dict[str, float]:
         """How far apart the states of words of one kind lie, as a share of their length."""

@@ -24,7 +24,12 @@ def check_latents(config: ExoConfig, z: Tensor, t: Tensor, batch: int, size: tup
 def check_prompt(
     token_ids: Tensor, mask: Tensor, is_image: Tensor, pixels: Tensor | None, grids: Tensor | None
 ) -> None:
-    """Check token ids and their mask `b m` against the pictures. Raises: ShapeError."""
+    """Check token ids and their mask `b m` against the pictures; nothing on the device "meta".
+
+    Raises: ShapeError.
+    """
+    if token_ids.is_meta:
+        return
     if token_ids.ndim != 2 or token_ids.is_floating_point() or mask.shape != token_ids.shape:
         raise ShapeError(
             f"token_ids must be whole numbers `b m` with a mask of the same shape, got {token_ids.dtype} "

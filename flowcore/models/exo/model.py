@@ -126,26 +126,11 @@ class Exo(nn.Module):
         mask = mask.bool()
         is_image = (token_ids == self.config.trunk["image_token_id"]) & mask
         check_prompt(token_ids, mask, is_image, pixels, grids)
-        x: Tensor = trunk.get_submodule("language_model.embed_tokens")(token_ids)
         picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
-        deep: tuple[Tensor, ...] = ()
-        if picture is not None:
-            x = at_image(x, is_image, picture.tokens)
-            deep = tuple(at_image(torch.zeros_like(x), is_image, part) for part in picture.deep)
         grid = None if picture is None else (picture.rows, picture.columns)
         positions = prefix_positions(is_image, mask, grid)
-        passed = run_decoder(
-            trunk,
-            x,
-            positions,
-            keep=None if bool(mask.all()) else causal_mask(mask),
-            past=None,
-            taps=self.config.context_layers,
-            after=lambda layer, h: h + deep[layer] if layer < len(deep) else h,
-            lora=self.lora,
-            runtime=runtime,
-        )
-        dtype = dtype or x.dtype
+        passed = self._read(token_ids, mask, positions, runtime, picture)
+        dtype = dtype or passed.hidden.dtype
         features = None
         if picture is not None:
             features = self._features(picture, is_image.any(dim=1), size, dtype)
@@ -157,6 +142,11 @@ class Exo(nn.Module):
             features=features,
             size=size,
         )
+
+    def read(self, token_ids: Tensor, mask: Tensor, *, runtime: Runtime = DEFAULT_RUNTIME) -> Pass:
+        """Return what the trunk makes of texts alone: token ids `b m` and their mask, True on real tokens."""
+        positions = prefix_positions(torch.zeros_like(mask), mask, None)
+        return self._read(token_ids, mask, positions, runtime)
 
     def step(
         self,
@@ -248,6 +238,34 @@ class Exo(nn.Module):
         if record is not None:
             record(result)
         return result.velocity
+
+    def _read(
+        self,
+        token_ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        runtime: Runtime,
+        picture: Picture | None = None,
+    ) -> Pass:
+        """Return the pass of prompts, whose image tokens are those of the picture."""
+        trunk = self._trunk()
+        x: Tensor = trunk.get_submodule("language_model.embed_tokens")(token_ids)
+        deep: tuple[Tensor, ...] = ()
+        if picture is not None:
+            is_image = (token_ids == self.config.trunk["image_token_id"]) & mask
+            x = at_image(x, is_image, picture.tokens)
+            deep = tuple(at_image(torch.zeros_like(x), is_image, part) for part in picture.deep)
+        return run_decoder(
+            trunk,
+            x,
+            positions,
+            keep=None if not mask.is_meta and bool(mask.all()) else causal_mask(mask),
+            past=None,
+            taps=self.config.context_layers,
+            after=lambda layer, h: h + deep[layer] if layer < len(deep) else h,
+            lora=self.lora,
+            runtime=runtime,
+        )
 
     def _suffix(
         self, x: Tensor, memory: Tensor, prefix: PrefixState, past: Past, iteration: int, runtime: Runtime

@@ -127,9 +127,11 @@ def prefix_positions(is_image: Tensor, mask: Tensor, grid: tuple[int, int] | Non
     """Return the positions `3 b m` (time, row, column) of tokens; padding has 0.
 
     Text counts up on all three axes. A picture of grid = (rows, columns) stands still in time, spreads over
-    the other two axes, and moves on by its longer side.
+    the other two axes, and moves on by its longer side. A mask without values gives positions without values.
     Shapes: is_image, mask `b m` boolean; the mask is True on the first tokens of each sample.
     """
+    if mask.is_meta:
+        return mask.new_empty(3, *mask.shape, dtype=torch.long)
     positions = torch.zeros(3, *mask.shape, dtype=torch.long)
     rows, columns = grid or (0, 0)
     for sample, (image, length) in enumerate(zip(is_image.cpu(), mask.sum(dim=1).tolist(), strict=True)):

@@ -16,11 +16,16 @@ output output.dir output.name output.dtype
 seed precision
 train train.method train.steps train.batch_size train.micro_batch_size train.grad_clip train.cond_dropout
 train.gradient_checkpointing train.compile train.attention
+train.epochs train.trainable
+train.stages train.stages.name train.stages.steps train.stages.epochs train.stages.train
+train.stages.optimizer train.stages.schedule
+train.exo train.exo.task train.exo.iterations train.exo.diffusion train.exo.edit train.exo.perceptual
+train.exo.sparsity train.exo.labels train.exo.features train.exo.plain_edits
 train.timesteps train.timesteps.law train.timesteps.mean train.timesteps.std train.timesteps.shift
 optimizer optimizer.name optimizer.lr optimizer.rule optimizer.weight_decay optimizer.betas
 optimizer.groups optimizer.groups.pattern optimizer.groups.name optimizer.groups.lr optimizer.groups.rule
-optimizer.groups.weight_decay
-schedule schedule.name schedule.warmup_steps schedule.steps schedule.minimum
+optimizer.groups.weight_decay optimizer.reference_lr optimizer.lr_profile
+schedule schedule.name schedule.warmup_steps schedule.warmup_share schedule.steps schedule.minimum
 ema ema.decay ema.warmup
 checkpoint checkpoint.every_steps checkpoint.keep
 sampling sampling.every_steps sampling.prompts sampling.steps sampling.cfg sampling.seed sampling.size
@@ -192,6 +197,36 @@ def test_an_unknown_key_is_named_before_what_it_leaves_out(tmp_path: Path) -> No
         ({"train": {"steps": None}}, "train.steps must be a valid integer, got None"),
         ({"train": {"cond_dropout": 1.5}}, "train.cond_dropout must be less than or equal to 1, got 1.5"),
         ({"train": {"cond_dropout": float("nan")}}, "train.cond_dropout must be a finite number, got nan"),
+        ({"train": {"stages": [{"name": "a"}]}}, "train.stages.0: steps or epochs must be given"),
+        (
+            {"train": {"stages": [{"steps": 1, "train": {"steps": 2}}]}},
+            "train.stages.0: train must not hold steps",
+        ),
+        (
+            {"train": {"stages": [{"steps": 1}, {"steps": 1, "optimizer": {"lr": -1}}]}},
+            "configuration: train.stages.1: optimizer.lr must be greater than 0, got -1",
+        ),
+        (
+            {"train": {"stages": [{"steps": 1, "train": {"bacth_size": 1}}]}},
+            "configuration: train.stages.0: unknown key train.bacth_size; nearest valid key is train.batch_",
+        ),
+        (
+            {"train": {"stages": [{"steps": 1}], "epochs": 2}},
+            "train: epochs must be left out with stages, got 2.0",
+        ),
+        ({"train": {"trainable": ["("]}}, "train.trainable.0 must be a regular expression"),
+        (
+            {"train": {"exo": {"iterations": [3, 2]}}},
+            "train.exo.iterations must be the least and the most, got [3, 2]",
+        ),
+        (
+            {"train": {"exo": {"iterations": [1, 9]}}},
+            "train.exo.iterations.1 must be less than or equal to 8",
+        ),
+        (
+            {"optimizer": {"lr_profile": "reference"}},
+            "optimizer: reference_lr must be given for lr_profile reference, got none",
+        ),
         ({"train": {"micro_batch_size": 3}}, "train: micro_batch_size must divide batch_size (4), got 3"),
         (
             {"train": {"timesteps": {"law": "normal"}}},
@@ -200,7 +235,7 @@ def test_an_unknown_key_is_named_before_what_it_leaves_out(tmp_path: Path) -> No
         ({"train": {"timesteps": {"shift": 0}}}, "train.timesteps.shift must be greater than 0, got 0"),
         (
             {"model": {"arch": "flux9"}},
-            "model.arch must be 'xut', 'flux', 'tinyflux' or 'single_stream', got 'flux9'",
+            "model.arch must be 'xut', 'flux', 'tinyflux', 'single_stream' or 'exo', got 'flux9'",
         ),
         ({"datasets": []}, "datasets"),
         ({"datasets": {"path": "x"}}, "datasets must be a list"),
@@ -332,3 +367,38 @@ def test_the_run_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert load(tmp_path, "output.dir=~/x", "output.name=y").folder == tmp_path / "x" / "y"
+
+
+def test_a_run_must_have_a_length(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {arch: xut}\ndatasets: [{path: x}]\ntrain: {batch_size: 1}\n")
+    with pytest.raises(
+        ConfigError, match="train: steps must be given, or epochs or stages, got none of them"
+    ):
+        load_config(RunConfig, path, [])
+    part = write(tmp_path, "datasets: [{path: x}]\ntrain: {epochs: 1, batch_size: 1}\n")
+    with pytest.raises(
+        ConfigError, match=r"train\.steps must tell the length of this run, got epochs or stages"
+    ):
+        load_config(PartConfig, part, [])
+
+
+def test_a_stage_overrides_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    stage = {
+        "steps": 7,
+        "train": {"batch_size": 2, "exo": {"edit": 0.5}, "trainable": ["a"]},
+        "optimizer": {"groups": [{"pattern": "b", "lr": 1.0}]},
+    }
+    config = load(
+        tmp_path,
+        train={"stages": [{"steps": 3}, stage], "exo": {"diffusion": 0.8}},
+        optimizer={"lr": 0.5, "groups": [{"pattern": "a"}, {"pattern": "c"}]},
+        schedule={"steps": 100, "warmup_steps": 4},
+    )
+    first, second = config.stage(0), config.stage(1)
+    assert (first.train.steps, first.train.batch_size, first.train.trainable) == (3, 4, ())
+    assert (second.train.steps, second.train.batch_size, second.train.trainable) == (7, 2, ("a",))
+    assert (second.train.exo.diffusion, second.train.exo.edit) == (0.8, 0.5)
+    assert second.optimizer.lr == 0.5
+    assert [group.pattern for group in second.optimizer.groups] == ["b"]
+    assert (second.schedule.warmup_steps, second.schedule.steps) == (4, None)
+    assert first.model_copy(update={"train": config.train, "schedule": config.schedule}) == config

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowcore.errors import ConfigError
 from flowcore.models import find_architecture
 from training.config import Group, Optimizer
-from training.optim import OptimizerSet, fan_in, lr_multiplier, plan_groups
+from training.optim import OptimizerSet, base_lr, fan_in, lr_multiplier, plan_groups
 
 # The HDM recipe's curve: warm-up 1,000, cosine to 0.01 at step 20,001.
 HDM_CURVE = {
@@ -206,3 +206,16 @@ def test_warmup_in_half_a_wave() -> None:
         lr_multiplier("constant", s, steps=100, warmup_steps=10, warmup="cosine") for s in (0, 5, 9, 10)
     ]
     assert factors == pytest.approx([0.0, 0.5, 0.97553, 1.0], abs=1e-5)
+
+
+def test_the_rates_of_the_source_replace_all_others() -> None:
+    groups = [{"pattern": "bias", "lr": 0.5, "weight_decay": 0.0}, {"pattern": "weight", "rule": "fan_in"}]
+    table = {"lr": 0.1, "groups": groups, "reference_lr": 0.02, "lr_profile": "reference"}
+    config = Optimizer.model_validate(table)
+    plans = plan_groups(nn.Linear(4, 2).named_parameters(), config)
+    assert {plan.names: (plan.lr, plan.weight_decay) for plan in plans} == {
+        ("weight",): (0.005, 0.01),
+        ("bias",): (0.02, 0.0),
+    }
+    assert base_lr(config) == 0.02
+    assert base_lr(config.model_copy(update={"lr_profile": "own"})) == 0.1

@@ -37,6 +37,15 @@ def write_images(folder: Path, count: int = 8, sizes: Sequence[tuple[int, int]] 
     return folder
 
 
+def write_edits(folder: Path) -> Path:
+    """Eight pictures of 64 pixels; three of the captions ask for changes of source pictures beside them."""
+    write_images(folder, 11, [(64, 64)])
+    for number in (0, 2, 4):
+        (folder / f"{number:02d}.png").rename(folder / f"{number + 1:02d}.source.png")
+        (folder / f"{number:02d}.txt").unlink()
+    return folder
+
+
 def run_table(folder: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of the tiny preset on `folder/images`; sections are merged into it."""
     table: dict[str, Any] = {

@@ -1,0 +1,253 @@
+"""Exo's objective: keyed draws, kinds of batches, its terms, checkpointing, tasks, a trunk by reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flowcore.errors import CheckpointError, ConfigError
+from tests.exo_trunk import write_trunk
+from tests.tiny import VAE, write_parts
+from tests.unit.training.workspace import run_config, write_edits
+from training.assemble import build_objective, prepare
+from training.objectives.exo import ExoObjective
+from training.stop import StopFlag
+
+CPU = torch.device("cpu")
+BATCH = slice(0, 4)
+
+
+def objective(folder: Path, train: dict[str, Any] | None = None, **sections: Any) -> ExoObjective:
+    """Of the tiny preset on plain pictures and edits, with open gates and heads that are not zero."""
+    if not (folder / "images").exists():
+        write_edits(folder / "images")
+    model = {"arch": "exo", **sections.pop("model", {})}
+    config = run_config(folder, model=model, buckets={"resolution": 64}, train=train or {}, **sections)
+    made = build_objective(prepare(config), CPU, StopFlag())
+    assert isinstance(made, ExoObjective)
+    with torch.no_grad():
+        for number, parameter in enumerate(made.module.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.1 * noise)
+    return made
+
+
+def weights(
+    diffusion: float = 0.0, edit: float = 0.0, perceptual: float = 0.0, **more: Any
+) -> dict[str, Any]:
+    return {"exo": {"diffusion": diffusion, "edit": edit, "perceptual": perceptual, **more}}
+
+
+def step_of(made: ExoObjective, *, is_edit: bool, iterations: int = 2) -> int:
+    """The first step with edits or plain samples, and that many iterations."""
+    return next(
+        step
+        for step in range(1000)
+        if made._is_edit(made.draw(step, BATCH)) == is_edit and made.iterations(step) == iterations
+    )
+
+
+def gradients(made: ExoObjective, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in made.module.named_parameters() if p.grad is not None}
+    made.module.zero_grad(set_to_none=True)
+    return found
+
+
+def test_chance_depends_on_the_step_alone(tmp_path: Path) -> None:
+    made = objective(tmp_path, {"exo": {"iterations": [1, 3]}})
+    with torch.no_grad():
+        first = [float(made.loss(step, BATCH)) for step in range(3)]
+        torch.manual_seed(99)
+        again = [float(made.loss(step, BATCH)) for step in reversed(range(3))]
+    assert first == again[::-1]
+    drawn = [made.iterations(step) for step in range(300)]
+    assert all(80 < drawn.count(number) < 120 for number in (1, 2, 3))
+    other = objective(tmp_path, {"exo": {"iterations": [1, 3]}}, seed=1)  # type: ignore[arg-type]
+    assert [made.iterations(step) for step in range(40)] == drawn[:40]
+    assert drawn[:40] != [other.iterations(step) for step in range(40)]
+
+
+def test_a_batch_holds_edits_with_their_sources_or_plain_samples(tmp_path: Path) -> None:
+    made = objective(tmp_path)
+    kinds = []
+    for step in range(10):
+        draw = made.draw(step, BATCH)
+        sources = [made.data.samples[number].source for number in draw.numbers]
+        told = made.conditioning(draw)
+        kinds.append(sources[0] is not None)
+        assert all((source is not None) == kinds[-1] for source in sources)
+        assert ("pixels" in told.extras) == kinds[-1]
+    assert 0 < sum(kinds) < 10
+
+
+@pytest.mark.parametrize("is_edit", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_parts_of_a_batch_add_up_to_the_whole(tmp_path: Path, size: int, is_edit: bool) -> None:
+    made = objective(tmp_path)
+    step = step_of(made, is_edit=is_edit)
+    with torch.no_grad():
+        whole = float(made.loss(step, BATCH))
+        parts = [float(made.loss(step, slice(first, first + size))) for first in range(0, 4, size)]
+    assert sum(parts) * size / 4 == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_edit", [False, True])
+def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path: Path, is_edit: bool) -> None:
+    write_parts(tmp_path)
+    sections = {
+        "encoders": {"vae": str(tmp_path / VAE)},
+        "model": {"overrides": {"latent_channels": 4}},
+    }
+    terms = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.9, 0.1, 0.05)]
+    times = {"timesteps": {"law": "uniform", "shift": 0.3}}
+    losses = []
+    for term in terms:
+        made = objective(tmp_path, {**weights(*term), **times}, **sections)
+        step = step_of(made, is_edit=is_edit)
+        with torch.no_grad():
+            losses.append(float(made.loss(step, BATCH)))
+            draw = made.draw(step, BATCH)
+            velocity = made.predict(draw, made.conditioning(draw))
+    diffusion, edit, perceptual, whole = losses
+    assert min(losses) > 0
+    assert diffusion == pytest.approx(float(functional.mse_loss(velocity, draw.sample.velocity)), rel=1e-6)
+    assert whole == pytest.approx(0.9 * diffusion + 0.1 * edit + 0.05 * perceptual, rel=1e-5)
+
+
+def test_edits_of_plain_samples_are_measured_against_the_first_iteration(tmp_path: Path) -> None:
+    with_edits, without = (objective(tmp_path, weights(edit=1.0, plain_edits=told)) for told in (True, False))
+    for iterations in (1, 2):
+        step = step_of(without, is_edit=False, iterations=iterations)
+        with torch.no_grad():
+            draw = without.draw(step, BATCH)
+            mask = without._step(draw, without._prefix(draw, without.conditioning(draw)), iterations).mask
+            price = 0.1 * float(mask.mean())
+            assert float(without.loss(step, BATCH)) == pytest.approx(price, rel=1e-5)
+            assert (float(with_edits.loss(step, BATCH)) > 1.5 * price) == (iterations > 1)
+
+
+def test_the_mask_learns_labels_and_price(tmp_path: Path) -> None:
+    found = {}
+    for name, asked in {
+        "plain": {"labels": 0.0, "sparsity": 1e-9},
+        "labels": {"labels": 1.0, "sparsity": 1e-9},
+        "price": {"labels": 0.0, "sparsity": 10.0},
+    }.items():
+        made = objective(tmp_path, weights(edit=1.0, **asked))
+        found[name] = gradients(made, made.loss(step_of(made, is_edit=True), BATCH))["edit_head.mask.bias"]
+    assert (found["labels"] - found["plain"]).abs() > 1e-3
+    assert found["price"] - found["plain"] > 1e-3
+
+
+@pytest.mark.parametrize("is_edit", [False, True])
+def test_checkpointing_changes_no_bit(tmp_path: Path, is_edit: bool) -> None:
+    plain, saving = (objective(tmp_path, {"gradient_checkpointing": told}) for told in (False, True))
+    step = step_of(plain, is_edit=is_edit)
+    expected, found = (gradients(made, made.loss(step, BATCH)) for made in (plain, saving))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_captions_are_dropped_but_not_pictures(tmp_path: Path) -> None:
+    made = objective(tmp_path, {"cond_dropout": 1.0})
+    draw = made.draw(step_of(made, is_edit=True), BATCH)
+    assert draw.captions == [""] * 4
+    assert made.conditioning(draw).extras["pixels"].shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "trained"),
+    [
+        ("projector", ("projector.", "trunk.visual.")),
+        ("language", ("trunk.language_model.",)),
+    ],
+)
+def test_a_task_has_gradients_for_its_part_and_can_be_learned(
+    tmp_path: Path, task: str, trained: tuple[str, ...]
+) -> None:
+    made = objective(tmp_path, {"exo": {"task": task}, "cond_dropout": 0.0})
+    found = gradients(made, made.loss(0, BATCH))
+    assert all(name.startswith(trained) for name in found)
+    assert any(name.startswith(trained[-1]) for name in found)
+    optimizer = torch.optim.Adam(made.module.parameters(), lr=3e-3)
+    losses = []
+    for step in range(25):
+        loss = made.loss(step % 5, BATCH)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_trunk_by_reference_stays_frozen_and_its_changes_learn(tmp_path: Path, precision: str) -> None:
+    made = objective(
+        tmp_path,
+        model={"overrides": {"embeds_trunk": False, "lora_rank": 4}},
+        encoders={"text": str(write_trunk(tmp_path / "trunk"))},
+        precision=precision,
+    )
+    assert made.exo.trunk is not None
+    kind = getattr(torch, precision)
+    assert all(p.dtype == kind for p in made.exo.trunk.parameters())
+    for is_edit in (False, True):
+        with torch.autocast("cpu", kind, enabled=precision != "float32"):
+            loss = made.loss(step_of(made, is_edit=is_edit), BATCH)
+        found = gradients(made, loss)
+        assert not any(name.startswith("trunk.") for name in found)
+        changes = [name for name in found if name.startswith("lora.")]
+        assert len(changes) == 4 * 4 * 2
+        assert all(torch.isfinite(found[name]).all() for name in found)
+        assert all(found[name].abs().max() > 0 for name in changes if "layers.0" in name)
+
+
+def test_without_changes_the_prompt_takes_no_gradient(tmp_path: Path) -> None:
+    made = objective(
+        tmp_path,
+        model={"overrides": {"embeds_trunk": False}},
+        encoders={"text": str(write_trunk(tmp_path / "trunk"))},
+    )
+    draw = made.draw(0, BATCH)
+    prefix = made._prefix(draw, made.conditioning(draw))
+    assert not any(part.requires_grad for layer in prefix.past.layers for part in layer)
+    assert all(read.keys.requires_grad for read in prefix.reads)
+
+
+def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
+    trunk = str(write_trunk(tmp_path / "trunk"))
+    reference = {"overrides": {"embeds_trunk": False}}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"encoders": {"text": "scenes-text"}}, "encoders.text must be bytes or left out for preset 'tiny'"),
+        (
+            {"model": reference},
+            "encoders.text must name the trunk of preset 'tiny', a folder or a repository",
+        ),
+        (
+            {"model": reference, "encoders": {"text": trunk}, "train": {"exo": {"task": "language"}}},
+            "train.exo.task must be velocity or projector for preset 'tiny', whose trunk is by reference",
+        ),
+    ]
+    for sections, text in cases:
+        with pytest.raises(ConfigError, match=text):
+            objective(tmp_path, **sections)
+    with pytest.raises(CheckpointError, match=r"encoders\.text: the trunk no/where must be a folder"):
+        objective(tmp_path, model=reference, encoders={"text": "no/where"})
+    (tmp_path / "trunk" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"must come with its processor, got no tokenizer\.json"):
+        objective(tmp_path, model=reference, encoders={"text": trunk})
+
+
+def test_samples_follow_the_shift_of_the_training(tmp_path: Path) -> None:
+    images = []
+    for shift in (1.0, 3.0, 3.0):
+        made = objective(tmp_path, {"timesteps": {"law": "uniform", "shift": shift}}, sampling={"steps": 2})
+        with torch.no_grad():
+            images.append(made.sample(["a red circle", "b"], StopFlag()))
+    assert images[0].shape == (2, 3, 64, 64)
+    assert torch.equal(images[1], images[2])
+    assert not torch.allclose(images[0], images[1], atol=1e-3)

@@ -1,0 +1,69 @@
+"""What exo needs besides the other architectures: a trunk, a reader of prompts, and its file's facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flowcore.errors import CheckpointError, ConfigError
+from flowcore.models.exo import Exo, ExoConfig
+from flowcore.weights.exo import FORMAT, find_folder, load_trunk, trunk_reference
+from training.config import RunConfig
+from training.encoders import ChatEncoder, chat_encoder
+from training.loop import DTYPES
+
+
+def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
+    """Raises: ConfigError, CheckpointError if the trunk or a stage's task do not fit the model's sizes."""
+    trunk_folder(config, model_config)
+    tables = [config, *(config.stage(number) for number in range(len(config.train.stages)))]
+    if not model_config.embeds_trunk and any(table.train.exo.task == "language" for table in tables):
+        raise ConfigError(
+            f"train.exo.task must be velocity or projector for preset {config.model.preset!r}, whose trunk "
+            "is by reference, got language"
+        )
+
+
+def trunk_folder(config: RunConfig, model_config: ExoConfig) -> Path | None:
+    """The folder of the trunk by reference that `encoders.text` names; None for an own trunk.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    name = config.encoders.text
+    if model_config.embeds_trunk:
+        if name not in (None, "bytes"):
+            raise ConfigError(
+                f"encoders.text must be bytes or left out for preset {config.model.preset!r}, whose trunk "
+                f"reads the text itself, got {name}"
+            )
+        return None
+    if name is None:
+        raise ConfigError(
+            f"encoders.text must name the trunk of preset {config.model.preset!r}, a folder or a repository "
+            "of Qwen3-VL, got none"
+        )
+    try:
+        return find_folder(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+    except CheckpointError as err:
+        raise CheckpointError(f"encoders.text: {err}") from err
+
+
+def attach_trunk(model: Exo, config: RunConfig, model_config: ExoConfig) -> None:
+    """Gives a model its trunk by reference, frozen, in the precision of the run."""
+    folder = trunk_folder(config, model_config)
+    if folder is not None:
+        model.attach(load_trunk(folder, dtype=DTYPES[config.precision]))
+
+
+def read_prompts(config: RunConfig, model_config: ExoConfig) -> ChatEncoder:
+    """What makes token ids of prompts."""
+    return chat_encoder(trunk_folder(config, model_config), model_config)
+
+
+def exo_facts(config: RunConfig, model_config: ExoConfig) -> dict[str, str]:
+    """Metadata of an Exo file: its format, its trunk, and the rank of its changes."""
+    folder = trunk_folder(config, model_config)
+    facts = {"exo.format": FORMAT, "exo.trunk": json.dumps(trunk_reference(config.encoders.text, folder))}
+    if model_config.lora_rank:
+        facts["exo.lora"] = json.dumps({"rank": model_config.lora_rank, "alpha": model_config.lora_alpha})
+    return facts

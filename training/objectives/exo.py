@@ -1,0 +1,189 @@
+"""What exo learns: velocity and edits, its projector, or the words of its own trunk.
+
+Samples with a source picture are edits: the picture goes through the vision tower, its latents are what the
+edit is measured against. A batch holds edits or plain samples, in proportion to their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flowcore.conditioning import Conditioning
+from flowcore.models import Architecture
+from flowcore.models.exo import Exo, PrefixState, StepResult
+from flowcore.models.exo.trunk import look
+from training.data.buckets import Bucket
+from training.data.encoded import EncodedSamples
+from training.data.images import load_image
+from training.encoders import ChatEncoder, ImageEncoder
+from training.keys import generator
+from training.objectives.exo_losses import PERCEPTUAL_BELOW, kept_and_changed, label_loss, likeness
+from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
+from training.objectives.language import TokenHeads, next_loss
+
+
+class ExoObjective(FlowMatchingObjective):
+    """The losses of exo.md 10.2 over encoded samples and their source pictures.
+
+    The number of iterations depends on (seed, step) alone, all else on the sample's place in the batch, too.
+    """
+
+    def __init__(
+        self,
+        module: Exo,
+        architecture: Architecture,
+        data: EncodedSamples,
+        image_encoder: ImageEncoder,
+        chat: ChatEncoder,
+        recipes: Sequence[Recipe],
+        *,
+        device: torch.device,
+        judge: Judge | None = None,
+    ) -> None:
+        """As `FlowMatchingObjective`. Raises: ConfigError if a perceptual loss needs a package."""
+        super().__init__(module, architecture, data, image_encoder, chat, recipes, device=device, judge=judge)
+        self.exo, self.chat = module, chat
+        self.likeness = {
+            recipe.exo.features: likeness(recipe.exo.features, image_encoder) for recipe in recipes
+        }
+        self.heads: TokenHeads | None = None
+        if any(recipe.exo.task == "language" for recipe in recipes):
+            vocab = module.config.trunk["text_config"]["vocab_size"]
+            self.heads = TokenHeads(vocab, module.config.hidden_size, self.recipe.seed, device)
+
+    def kind_of(self, number: int) -> tuple[Bucket, bool]:
+        """Size, and whether the sample is an edit."""
+        return self.data.buckets[number], self.data.samples[number].source is not None
+
+    def loss(self, step: int, part: slice) -> Tensor:
+        """Loss of samples `part` of a step's batch, float32."""
+        draw = self.draw(step, part)
+        task = self.recipe_at(step).exo.task
+        if task == "projector":
+            return self._projector_loss(draw)
+        return self._language_loss(draw) if task == "language" else self._velocity_loss(draw)
+
+    def iterations(self, step: int) -> int:
+        """Iterations of a step of training."""
+        recipe = self.recipe_at(step)
+        least, most = recipe.exo.iterations
+        return int(torch.randint(least, most + 1, (1,), generator=generator(recipe.seed, "iterations", step)))
+
+    def conditioning(self, draw: Draw) -> Conditioning:
+        """Token ids of the captions, with the patches of the source pictures of edits."""
+        return self.chat.encode(draw.captions, self._sources(draw.numbers)).to(self.device)
+
+    def predict(self, draw: Draw, conditioning: Conditioning) -> Tensor:
+        """The velocity `b c h w` of noised samples."""
+        return self._step(draw, self._prefix(draw, conditioning), self.iterations(draw.step)).velocity
+
+    def sampling_options(self, conditioning: Conditioning, noise: Tensor) -> dict[str, Any]:
+        """The prompts, read once for all steps."""
+        ids, mask = conditioning.context, conditioning.context_mask
+        assert ids is not None
+        return {"prefix": self.exo.encode(ids[..., 0], mask, size=(noise.shape[-2], noise.shape[-1]))}
+
+    def _prefix(self, draw: Draw, conditioning: Conditioning) -> PrefixState:
+        ids, z = conditioning.context, draw.sample.noised
+        assert ids is not None
+        return self.exo.encode(
+            ids[..., 0],
+            conditioning.context_mask,
+            **conditioning.extras,
+            size=(z.shape[-2], z.shape[-1]),
+            dtype=z.dtype,
+            runtime=self.recipe_at(draw.step).runtime(),
+        )
+
+    def _step(self, draw: Draw, prefix: PrefixState, iterations: int) -> StepResult:
+        return self.exo.step(
+            draw.sample.noised,
+            draw.sigma,
+            prefix,
+            iterations=iterations,
+            runtime=self.recipe_at(draw.step).runtime(),
+        )
+
+    def _velocity_loss(self, draw: Draw) -> Tensor:
+        """Weighted sum of the three losses; those of weight 0 are not computed."""
+        weights = self.recipe_at(draw.step).exo
+        prefix = self._prefix(draw, self.conditioning(draw))
+        result = self._step(draw, prefix, self.iterations(draw.step))
+        loss = weights.diffusion * functional.mse_loss(result.velocity.float(), draw.sample.velocity)
+        if weights.edit:
+            loss = loss + weights.edit * self._edit_loss(draw, prefix, result)
+        if weights.perceptual:
+            loss = loss + weights.perceptual * self._perceptual_loss(draw, result)
+        return loss
+
+    def _edit_loss(self, draw: Draw, prefix: PrefixState, result: StepResult) -> Tensor:
+        """R, the price of the mask, and for edits the cross-entropy against their labels."""
+        weights = self.recipe_at(draw.step).exo
+        mask = result.mask.float()
+        loss = weights.sparsity * mask.mean()
+        estimate = result.clean.float()
+        if self._is_edit(draw):
+            source = self.data.source_latents(draw.numbers).to(self.device)
+            labelled = label_loss(mask, source, draw.clean, weights.sparsity)
+            loss = loss + weights.labels * labelled + kept_and_changed(mask, estimate, source, draw.clean)
+        elif weights.plain_edits and len(result.iterations) > 1:
+            with torch.no_grad():
+                first = self._step(draw, prefix, 1).clean.float()
+            loss = loss + kept_and_changed(mask, estimate, first, draw.clean)
+        return loss
+
+    def _perceptual_loss(self, draw: Draw, result: StepResult) -> Tensor:
+        """Mean distance of the estimates from the clean latents, 0 for those of much noise."""
+        recipe = self.recipe_at(draw.step)
+        distance = self.likeness[recipe.exo.features]
+        counted = (draw.sigma < PERCEPTUAL_BELOW).nonzero()[:, 0]
+        if distance is None or not len(counted):
+            return draw.sigma.new_zeros(())
+        found, wanted = result.clean.float()[counted], draw.clean[counted]
+        chance = generator(recipe.seed, "crop", draw.step)
+        return distance(found, wanted, chance).sum() / len(draw.sigma)
+
+    def _projector_loss(self, draw: Draw) -> Tensor:
+        """Squared error of the latents that the projector makes of the samples' own pictures."""
+        told = self.chat.encode([""] * len(draw.numbers), self._pictures(draw.numbers)).to(self.device)
+        trunk = self.exo.trunk
+        assert trunk is not None
+        picture = look(trunk, told.extras["pixels"], told.extras["grids"])
+        size = (draw.clean.shape[-2], draw.clean.shape[-1])
+        tokens = picture.tokens.to(draw.clean.dtype)
+        features = self.exo.projector(tokens, (picture.rows, picture.columns), size)
+        estimate = self.exo.projector.latents(features)
+        return self.recipe_at(draw.step).exo.diffusion * functional.mse_loss(estimate.float(), draw.clean)
+
+    def _language_loss(self, draw: Draw) -> Tensor:
+        """Words of the captions from the states that the diffusion head reads."""
+        told = self.chat.encode(draw.captions).to(self.device)
+        assert told.context is not None
+        assert told.context_mask is not None
+        assert self.heads is not None
+        ids, mask = told.context[..., 0], told.context_mask
+        passed = self.exo.read(ids, mask, runtime=self.recipe_at(draw.step).runtime())
+        table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
+        spoken = torch.stack([self.heads.spoken_loss(state, ids, mask) for state in passed.taps])
+        return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
+
+    def _is_edit(self, draw: Draw) -> bool:
+        return self.data.samples[draw.numbers[0]].source is not None
+
+    def _sources(self, numbers: Sequence[int]) -> Tensor | None:
+        """The source pictures `b 3 y x` of edits, None for plain samples."""
+        paths = [self.data.samples[number].source for number in numbers]
+        if None in paths:
+            return None
+        bucket = self.data.buckets[numbers[0]]
+        return torch.stack([load_image(path, bucket) for path in paths if path])
+
+    def _pictures(self, numbers: Sequence[int]) -> Tensor:
+        """The pictures `b 3 y x` of samples themselves."""
+        bucket = self.data.buckets[numbers[0]]
+        return torch.stack([load_image(self.data.samples[number].path, bucket) for number in numbers])
