@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.cli import DONE, STOPPED, parser, run_command
-from training.scenes import write_folder
-from training.scenes.scene import ObjectCount
+from training.scenes import write_edits, write_folder
+from training.scenes.scene import ObjectCount, Split
 from training.stop import StopFlag
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -44,7 +44,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     stop.listen()
     out: Path = arguments.out
     is_short = arguments.minutes is not None and arguments.minutes < SHORT_MINUTES
-    write_scenes(out / "scenes", TRAIN_COUNT // 2 if is_short else TRAIN_COUNT)
+    count = TRAIN_COUNT // 2 if is_short else TRAIN_COUNT
+    write_scenes(out / "scenes", count)
+    if arguments.part == "model" and arguments.arch == "exo":
+        write_pairs(out / "scenes" / "edits", count)
     from training import demo_parts
 
     make = getattr(demo_parts, f"make_{arguments.part}")
@@ -63,16 +66,19 @@ def write_scenes(folder: Path, train_count: int) -> None:
     )
     for name, objects, count, seed in kinds:
         target = folder / name
-        if target.exists() and len(list(target.glob("*.txt"))) >= count:
-            continue
-        write_folder(
-            target,
-            count,
-            seed,
-            objects=objects,
-            split="test" if name == "held-out" else "train",
-            is_forced=True,
-        )
+        if not _holds(target, count):
+            split: Split = "test" if name == "held-out" else "train"
+            write_folder(target, count, seed, objects=objects, split=split, is_forced=True)
+
+
+def write_pairs(folder: Path, count: int) -> None:
+    """Draws the edits that exo learns from, unless as many or more are there."""
+    if not _holds(folder, count):
+        write_edits(folder, count, 4, is_forced=True)
+
+
+def _holds(folder: Path, count: int) -> bool:
+    return folder.exists() and len(list(folder.glob("*.txt"))) >= count
 
 
 if __name__ == "__main__":

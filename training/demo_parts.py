@@ -17,10 +17,13 @@ from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.checkpoint import read_tensors
 from training.config import Data, LoopConfig, PartConfig, RunConfig, load_config
 from training.data.folder import scan
+from training.assemble import recipes_of
 from training.launch import Builder, Finisher, launch, pick_device
 from training.log import read_metrics
 from training.loop import Objective, Run
+from training.objectives.flow_matching import FlowMatchingObjective
 from training.scenes import parse_caption
+from training.stages import stages_of, with_lengths
 from training.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -150,24 +153,45 @@ def start(config: LoopConfig, request: Request, build: Builder, finish: Finisher
     A run that has begun keeps the number of steps it was started with.
     """
     begun = config.folder / "config.yaml"
+    timed: Objective | None = None
     if begun.exists():
-        steps = yaml.safe_load(begun.read_text(encoding="utf-8"))["train"]["steps"]
-    elif request.minutes is not None:
-        objective = build(pick_device(), stop)
-        steps = max(20, int(request.minutes * 60 / seconds_per_step(config, objective)))
-        build = lambda device, stop: objective  # noqa: ARG005, E731 - what was built and timed is used
+        train = yaml.safe_load(begun.read_text(encoding="utf-8"))["train"]
+        lengths = [stage["steps"] for stage in train.get("stages", ())] or [train["steps"]]
     else:
-        steps = config.train.steps
-    fitted = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    return launch(fitted, build, finish, stop)
+        lengths = [stage.last - stage.first for stage in stages_of(config)]
+        if request.minutes is not None:
+            timed = build(pick_device(), stop)
+            lengths = lengths_within(request.minutes * 60, config, timed)
+    fitted = with_lengths(config, lengths)
+
+    def build_fitted(device: torch.device, stop: StopFlag) -> Objective:
+        objective = timed or build(device, stop)
+        if isinstance(objective, FlowMatchingObjective) and isinstance(fitted, RunConfig):
+            objective.recipes = recipes_of(fitted)  # whose stages may begin elsewhere
+        return objective
+
+    return launch(fitted, build_fitted, finish, stop)
 
 
-def seconds_per_step(config: LoopConfig, objective: Objective) -> float:
-    """Median seconds of a few training steps, after which the weights are put back."""
+def lengths_within(seconds: float, config: LoopConfig, objective: Objective) -> list[int]:
+    """Steps of each stage, in their proportions, that take so long altogether."""
+    stages = stages_of(config)
+    planned = sum(
+        (stage.last - stage.first) * seconds_per_step(config, objective, stage.first) for stage in stages
+    )
+    return [max(20, int((stage.last - stage.first) * seconds / planned)) for stage in stages]
+
+
+def seconds_per_step(config: LoopConfig, objective: Objective, first: int = 0) -> float:
+    """Median seconds of a few training steps, after which all is as it was."""
     before = {name: tensor.clone() for name, tensor in objective.module.state_dict().items()}
+    may_change = {name: p.requires_grad for name, p in objective.module.named_parameters()}
     run = Run(config, objective, pick_device())
+    run.step = first
     times = sorted(run.advance()["seconds"] for _ in range(TIMED_STEPS))
     objective.module.load_state_dict(before)
+    for name, parameter in objective.module.named_parameters():
+        parameter.requires_grad_(may_change[name])
     return times[TIMED_STEPS // 2]
 
 
@@ -226,12 +250,11 @@ def make_model(request: Request, stop: StopFlag) -> bool:
     from training.assemble import build_objective, prepare, save_weights, write_final
     from training.scenes import captions_held_out
 
-    folders = ("one",) if request.is_short else ("one", "two")
+    reads_text = request.arch != "exo"  # whose trunk does
+    folders = [*(("one",) if request.is_short else ("one", "two")), *(() if reads_text else ("edits",))]
     datasets = [{"path": str(request.out / "scenes" / folder)} for folder in folders]
-    parts = [
-        f"encoders.{part}={_part(request.out, name)}"
-        for part, name in (("vae", VAE_NAME), ("text", TEXT_NAME))
-    ]
+    names = {"vae": VAE_NAME, **({"text": TEXT_NAME} if reads_text else {})}
+    parts = [f"encoders.{part}={_part(request.out, name)}" for part, name in names.items()]
     places = [f"output.dir={request.out}", f"cache.dir={request.out / 'cache'}"]
     assignments = [*places, f"datasets={json.dumps(datasets)}", *parts, *request.assignments]
     config = load_config(RunConfig, CONFIGS / f"{request.arch}_demo.yaml", assignments)
@@ -245,7 +268,9 @@ def make_model(request: Request, stop: StopFlag) -> bool:
     def finish(run: Run, folder: Path) -> None:
         write_final(run, folder, prepared)
         average = {**run.module.state_dict(), **(run.ema.average if run.ema else {})}
-        facts = training_facts(run, folder) | {"flowcore.vae": VAE_NAME, "flowcore.text_encoder": TEXT_NAME}
+        facts = training_facts(run, folder) | {"flowcore.vae": VAE_NAME}
+        if reads_text:
+            facts["flowcore.text_encoder"] = TEXT_NAME
         target = request.out / f"{request.arch}-demo" / "model.safetensors"
         save_weights(average, target, prepared.config, dtype="bfloat16", facts=facts)
 
@@ -258,9 +283,11 @@ def training_facts(run: Run, folder: Path) -> dict[str, str]:
 
     rows = read_metrics(folder / "metrics.csv")
     seconds = sum(row["seconds"] for row in rows) / len(rows) * run.step
-    with FlopCounterMode(display=False) as counter:
-        run.objective.loss(0, slice(0, run.config.train.batch_size)).backward()
-    flops = counter.get_total_flops() * run.step
+    flops = 0.0
+    for stage in run.stages:
+        with FlopCounterMode(display=False) as counter:
+            run.objective.loss(stage.first, slice(0, stage.config.train.batch_size)).backward()
+        flops += counter.get_total_flops() * (min(run.step, stage.last) - stage.first)
     return {
         "flowcore.train_steps": str(run.step),
         "flowcore.train_seconds": f"{seconds:.0f}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,15 +14,6 @@ from torch.nn import functional
 from flowcore.assets import resolve
 from flowcore.conditioning import Conditioning, TextShape
 from flowcore.errors import ConfigError
-from flowcore.models.exo import ExoConfig
-from flowcore.text.qwen3_vl import (
-    LEAST,
-    ByteTokenizer,
-    ChatTokenizer,
-    Tokenizer,
-    encode_prompts,
-    fit_pictures,
-)
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.checkpoint import read_tensors
 from training.files import sha256
@@ -40,6 +30,10 @@ class ImageEncoder(Protocol):
     @property
     def channels(self) -> int:
         """Channels of the latents."""
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of an image on a side of a latent cell."""
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -69,6 +63,7 @@ class PixelEncoder:
 
     channels: int
     identity: str = "pixels-8"
+    downscale: int = 8
     facts: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -112,7 +107,7 @@ class FileImageEncoder:
         from flowcore.vae.autoencoder import load_vae
 
         self.autoencoder = load_vae(name, spec=spec, device=device, dtype=torch.float32)
-        self.channels = self.autoencoder.spec.channels
+        self.channels, self.downscale = self.autoencoder.spec.channels, self.autoencoder.spec.downscale
         self.identity = file_identity(name)
         self.facts = latent_facts(self.autoencoder.spec, name)
 
@@ -142,32 +137,6 @@ class FileCaptionEncoder:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """States of the tokens, and what goes with them."""
         return self.encoder.encode(prompts).cut(self.length)
-
-
-class ChatEncoder:
-    """Prompts, with pictures or without, as token ids of the chat that exo's trunk reads."""
-
-    def __init__(self, tokenizer: Tokenizer, identity: str, *, least: int, patch: int) -> None:
-        """Join a tokenizer, the least number of visual tokens, and the side of the trunk's patches."""
-        self.tokenizer, self.identity, self.least, self.patch = tokenizer, identity, least, patch
-
-    def encode(self, prompts: Sequence[str], pictures: Tensor | None = None) -> Conditioning:
-        """Token ids `b m 1`, and the patches of pictures `b 3 y x` in [-1, 1] of one size."""
-        if pictures is not None:
-            pictures = fit_pictures(pictures, least=self.least)
-        return encode_prompts(self.tokenizer, prompts, pictures, patch=self.patch)
-
-
-def chat_encoder(trunk: Path | None, config: ExoConfig) -> ChatEncoder:
-    """What reads prompts for a trunk's folder, or for exo's own trunk without one.
-
-    Raises: CheckpointError if the folder lacks tokenizer or chat template.
-    """
-    patch = int(config.trunk["vision_config"]["patch_size"])
-    if trunk is None:
-        words = f"bytes-{'-'.join(config.words)}"
-        return ChatEncoder(ByteTokenizer(config.words), words, least=1, patch=patch)
-    return ChatEncoder(ChatTokenizer(trunk), str(trunk), least=LEAST, patch=patch)
 
 
 def image_encoder(name: str | None, channels: int, spec: str, device: torch.device) -> ImageEncoder:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from flowcore.errors import CheckpointError, ConfigError
+from flowcore.exo.loading import byte_tokenizer, prompt_reader
 from flowcore.models.exo import Exo, ExoConfig
+from flowcore.text.qwen3_vl import ChatTokenizer, PromptReader, Tokenizer
 from flowcore.weights.exo import FORMAT, find_folder, load_trunk, trunk_reference
 from training.config import RunConfig
-from training.encoders import ChatEncoder, chat_encoder
 from training.loop import DTYPES
 
 
@@ -55,9 +56,21 @@ def attach_trunk(model: Exo, config: RunConfig, model_config: ExoConfig) -> None
         model.attach(load_trunk(folder, dtype=DTYPES[config.precision]))
 
 
-def read_prompts(config: RunConfig, model_config: ExoConfig) -> ChatEncoder:
-    """What makes token ids of prompts."""
-    return chat_encoder(trunk_folder(config, model_config), model_config)
+def read_prompts(config: RunConfig, model_config: ExoConfig) -> PromptReader:
+    """What makes token ids of prompts.
+
+    Raises: ConfigError, CheckpointError if that takes the trunk's tokenizer and template, and one is missing.
+    """
+    tokenizer: Tokenizer | None = byte_tokenizer(model_config)
+    if tokenizer is None:
+        folder = trunk_folder(config, model_config)
+        if folder is None:
+            raise ConfigError(
+                "model.overrides: a trunk of one's own must read bytes, with the image token 260, got "
+                f"{model_config.trunk['image_token_id']}; set embeds_trunk to false"
+            )
+        tokenizer = ChatTokenizer(folder)
+    return prompt_reader(model_config, tokenizer)
 
 
 def exo_facts(config: RunConfig, model_config: ExoConfig) -> dict[str, str]:

@@ -44,14 +44,17 @@ def _export(arguments: argparse.Namespace) -> int:
     config = load_config(RunConfig, arguments.run / "config.yaml", [])
     if arguments.ema and config.ema.decay is None:
         raise ConfigError(f"{arguments.run}: --ema needs a run with ema.decay, this one keeps no average")
-    step, state = _read(arguments.run, arguments.step, arguments.ema)
+    step, state = read_weights(arguments.run, arguments.step, use_average=arguments.ema)
     save_weights(state, arguments.out, config, dtype=arguments.dtype)
     sys.stdout.write(f"{arguments.out}: step {step}\n")
     return DONE
 
 
-def _read(run: Path, step: int | None, use_average: bool) -> tuple[int, dict[str, Tensor]]:
-    """Step and weights of a checkpoint; a running run may delete the one that is being read."""
+def read_weights(run: Path, step: int | None, *, use_average: bool) -> tuple[int, dict[str, Tensor]]:
+    """Step and weights of a checkpoint (the newest for step None); a running run may delete it meanwhile.
+
+    Raises: ConfigError, CheckpointError if there is none.
+    """
 
     def once() -> tuple[int, dict[str, Tensor]]:
         checkpoint = _find(run / "checkpoints", step)

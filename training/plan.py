@@ -12,6 +12,7 @@ from flowcore.conditioning import Conditioning
 from flowcore.models.exo import Exo
 from flowcore.models.exo.trunk import build_trunk
 from flowcore.ops import DEFAULT_RUNTIME, Runtime, run_checkpointed
+from flowcore.vae.latent_spec import LATENT_SPECS
 from training.assemble import Prepared
 from training.config import CELL, LoopConfig, RunConfig
 from training.data.buckets import Bucket, crop_and_zoom
@@ -107,7 +108,9 @@ def _activations(module: nn.Module, prepared: Prepared, config: LoopConfig, buck
     model_config = prepared.model_config
     batch = config.train.micro_batch_size or config.train.batch_size
     channels = prepared.architecture.latent_channels(model_config)
-    height, width = bucket.height // CELL, bucket.width // CELL
+    flux2 = LATENT_SPECS["flux2"]
+    cell = flux2.downscale if channels == flux2.channels else CELL
+    height, width = bucket.height // cell, bucket.width // cell
     latents = torch.empty(batch, channels, height, width, device="meta")
     conditioning = _conditioning(prepared, batch, width, height)
     own = {_address(parameter) for parameter in module.parameters()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from flowcore.errors import ConfigError
-from training.config import LoopConfig, RunConfig, Train
+from training.config import ConfigT, LoopConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,30 +52,28 @@ def resolve_length(config: RunConfig, images: int) -> RunConfig:
     train = config.train
     if not train.stages and train.epochs is None:
         return config
-    stages = tuple(
-        stage
-        if stage.epochs is None
-        else stage.model_copy(
-            update={"steps": _steps(stage.epochs, images, config.stage(number).train.batch_size)}
-        )
+    lengths = [
+        _steps(stage.epochs, images, config.stage(number).train.batch_size) if stage.epochs else stage.steps
         for number, stage in enumerate(train.stages)
-    )
-    steps = sum(stage.steps for stage in stages)
+    ]
     if train.epochs is not None:
-        steps = _steps(train.epochs, images, train.batch_size)
-    return with_length(config, steps, stages)
-
-
-def with_length(config: RunConfig, steps: int, stages: Sequence[object]) -> RunConfig:
-    """The configuration with these steps and stages. Raises: ConfigError if other steps are given in it."""
-    train: Train = config.train
-    if "steps" in train.model_fields_set and train.steps != steps:
+        lengths = [_steps(train.epochs, images, train.batch_size)]
+    if "steps" in train.model_fields_set and train.steps != sum(lengths):
+        source = "stages" if train.stages else "epochs"
         raise ConfigError(
-            f"train.steps must be the {steps} steps of train.{'stages' if stages else 'epochs'}, "
-            f"got {train.steps}; leave it out"
+            f"train.steps must be the {sum(lengths)} steps of train.{source}, got {train.steps}; leave it out"
         )
-    updated = train.model_copy(update={"steps": steps, "stages": tuple(stages)})
-    return config.model_copy(update={"train": updated})
+    return with_lengths(config, lengths)
+
+
+def with_lengths(config: ConfigT, lengths: Sequence[int]) -> ConfigT:
+    """The configuration with so many steps in each stage, or in the whole if there is one."""
+    stages = tuple(
+        stage.model_copy(update={"steps": steps})
+        for stage, steps in zip(config.train.stages, lengths, strict=False)
+    )
+    train = config.train.model_copy(update={"steps": sum(lengths), "stages": stages})
+    return config.model_copy(update={"train": train})
 
 
 def _steps(epochs: float, images: int, batch_size: int) -> int:

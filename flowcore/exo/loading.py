@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from ..errors import CheckpointError
-from ..models.exo import Exo
+from ..models.exo import Exo, ExoConfig
 from ..models.exo.trunk_config import BYTE_TOKENS
 from ..parts import Source, part_source
 from ..text.qwen3_vl import ByteTokenizer, ChatTokenizer, PromptReader, Tokenizer
@@ -49,11 +49,10 @@ def give_trunk(
         tokenizer = _own_tokenizer(model, trunk, path)
     else:
         folder = trunk_folder(loaded, path, trunk=trunk, may_download=options.may_download)
-        tokenizer = _byte_tokenizer(model) or ChatTokenizer(folder)
+        tokenizer = byte_tokenizer(model.config) or ChatTokenizer(folder)
         network = load_trunk(folder, device=device, dtype=dtype)
         attach_trunk(loaded, path, network, source=str(folder))
-    patch = int(model.config.trunk["vision_config"]["patch_size"])
-    return PromptReader(tokenizer, f"exo-{type(tokenizer).__name__}", patch=patch)
+    return prompt_reader(model.config, tokenizer)
 
 
 def vae_source(
@@ -78,7 +77,7 @@ def vae_source(
 
 def _own_tokenizer(model: Exo, trunk: Source | None, path: Path) -> Tokenizer:
     """Return the tokenizer for a trunk that lies in the model's file."""
-    reads_bytes = _byte_tokenizer(model)
+    reads_bytes = byte_tokenizer(model.config)
     if reads_bytes is not None:
         return reads_bytes
     if trunk is None:
@@ -89,8 +88,14 @@ def _own_tokenizer(model: Exo, trunk: Source | None, path: Path) -> Tokenizer:
     return ChatTokenizer(find_folder(trunk))
 
 
-def _byte_tokenizer(model: Exo) -> ByteTokenizer | None:
+def byte_tokenizer(config: ExoConfig) -> ByteTokenizer | None:
     """Return the tokenizer of a small trunk; None for others."""
-    if model.config.trunk["image_token_id"] != _BYTE_IMAGE:
+    if config.trunk["image_token_id"] != _BYTE_IMAGE:
         return None
-    return ByteTokenizer(model.config.words)
+    return ByteTokenizer(config.words)
+
+
+def prompt_reader(config: ExoConfig, tokenizer: Tokenizer) -> PromptReader:
+    """Return what reads prompts for a trunk with a tokenizer."""
+    patch = int(config.trunk["vision_config"]["patch_size"])
+    return PromptReader(tokenizer, f"exo-{type(tokenizer).__name__}", patch=patch)

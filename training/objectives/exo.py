@@ -17,10 +17,11 @@ from flowcore.conditioning import Conditioning
 from flowcore.models import Architecture
 from flowcore.models.exo import Exo, PrefixState, StepResult
 from flowcore.models.exo.trunk import look
+from flowcore.text.qwen3_vl import PromptReader
 from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
 from training.data.images import load_image
-from training.encoders import ChatEncoder, ImageEncoder
+from training.encoders import ImageEncoder
 from training.keys import generator
 from training.objectives.exo_losses import PERCEPTUAL_BELOW, kept_and_changed, label_loss, likeness
 from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
@@ -39,7 +40,7 @@ class ExoObjective(FlowMatchingObjective):
         architecture: Architecture,
         data: EncodedSamples,
         image_encoder: ImageEncoder,
-        chat: ChatEncoder,
+        chat: PromptReader,
         recipes: Sequence[Recipe],
         *,
         device: torch.device,
@@ -76,7 +77,11 @@ class ExoObjective(FlowMatchingObjective):
 
     def conditioning(self, draw: Draw) -> Conditioning:
         """Token ids of the captions, with the patches of the source pictures of edits."""
-        return self.chat.encode(draw.captions, self._sources(draw.numbers)).to(self.device)
+        return self.chat.read(draw.captions, self._sources(draw.numbers)).to(self.device)
+
+    def told(self, draw: Draw) -> Conditioning:
+        """As `conditioning`, which knows every caption."""
+        return self.conditioning(draw)
 
     def predict(self, draw: Draw, conditioning: Conditioning) -> Tensor:
         """The velocity `b c h w` of noised samples."""
@@ -150,7 +155,7 @@ class ExoObjective(FlowMatchingObjective):
 
     def _projector_loss(self, draw: Draw) -> Tensor:
         """Squared error of the latents that the projector makes of the samples' own pictures."""
-        told = self.chat.encode([""] * len(draw.numbers), self._pictures(draw.numbers)).to(self.device)
+        told = self.chat.read([""] * len(draw.numbers), self._pictures(draw.numbers)).to(self.device)
         trunk = self.exo.trunk
         assert trunk is not None
         picture = look(trunk, told.extras["pixels"], told.extras["grids"])
@@ -162,7 +167,7 @@ class ExoObjective(FlowMatchingObjective):
 
     def _language_loss(self, draw: Draw) -> Tensor:
         """Words of the captions from the states that the diffusion head reads."""
-        told = self.chat.encode(draw.captions).to(self.device)
+        told = self.chat.read(draw.captions).to(self.device)
         assert told.context is not None
         assert told.context_mask is not None
         assert self.heads is not None
@@ -184,6 +189,13 @@ class ExoObjective(FlowMatchingObjective):
         return torch.stack([load_image(path, bucket) for path in paths if path])
 
     def _pictures(self, numbers: Sequence[int]) -> Tensor:
-        """The pictures `b 3 y x` of samples themselves."""
+        """The pictures `b 3 y x` of samples themselves; of latents that have none, what they decode to."""
         bucket = self.data.buckets[numbers[0]]
-        return torch.stack([load_image(self.data.samples[number].path, bucket) for number in numbers])
+        return torch.stack(
+            [
+                self.image_encoder.decode(self.data.latents([number]).to(self.device))[0].cpu()
+                if sample.stored
+                else load_image(sample.path, bucket)
+                for number, sample in ((number, self.data.samples[number]) for number in numbers)
+            ]
+        )

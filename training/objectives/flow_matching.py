@@ -179,6 +179,29 @@ class FlowMatchingObjective:
             runtime=recipe.runtime(),
         )
 
+    def errors(self, numbers: Sequence[int], captions: Sequence[str], level: float) -> Tensor:
+        """Squared velocity error `b` of samples told other captions, at a noise level and their own noise."""
+        clean = self.data.latents(numbers).to(self.device)
+        noises = [self.data.noise(number, generator(self.recipe.seed, "probe", number)) for number in numbers]
+        sigma = torch.full((len(numbers),), level, device=self.device)
+        draw = Draw(
+            step=self.recipes[-1].first_step,
+            first=0,
+            numbers=list(numbers),
+            captions=list(captions),
+            dropped=torch.zeros(len(numbers), dtype=torch.bool),
+            clean=clean,
+            sample=interpolate(clean, torch.stack(noises).to(self.device), sigma),
+            sigma=sigma,
+        )
+        predicted = self.predict(draw, self.told(draw))
+        return (predicted.float() - draw.sample.velocity).square().mean(dim=(1, 2, 3))
+
+    def told(self, draw: Draw) -> Conditioning:
+        """What the model is told of samples with captions that are not in the data, on the device."""
+        text = self.caption_encoder.encode(draw.captions)
+        return self.with_size(text, draw.clean).to(self.device)
+
     def _with_null(self, text: Conditioning, dropped: Tensor) -> Conditioning:
         """The conditioning of captions, in the rows `dropped` (`b`) that of a model told nothing."""
         null = self.architecture.null_text(text)
@@ -217,7 +240,8 @@ class FlowMatchingObjective:
         """
         sampling = self.recipe.sampling
         width, height = self.recipe.size
-        shape = (self.image_encoder.channels, height // 8, width // 8)
+        cell = self.image_encoder.downscale
+        shape = (self.image_encoder.channels, height // cell, width // cell)
         noise = torch.stack(
             [
                 torch.randn(shape, generator=generator(sampling.seed, "preview", first + i))

@@ -10,6 +10,7 @@ from tests.unit.training.workspace import run, settings, tree, write_images
 from training.assemble import prepare_model
 from training.config import LoopConfig, PartConfig, RunConfig, load_config
 from training.optim import plan_groups
+from training.stages import stages_of, trained_names
 
 FOLDER = ROOT / "training" / "configs"
 PARTS = {"demo_vae": PartConfig, "demo_vae_decoder": PartConfig, "demo_text": PartConfig}
@@ -18,7 +19,6 @@ NAMES = sorted(path.stem for path in FOLDER.iterdir())
 RUNS = [name for name in NAMES if name not in {*PARTS, *NO_RUNS}]
 WITHOUT_WEIGHTS = [
     "model.preset=tiny",
-    "model.overrides={}",
     "encoders={vae: pixels, text: bytes}",
     "optimizer.name=adamw",
     "optimizer.groups=[]",
@@ -38,8 +38,10 @@ def test_its_sizes_and_parameter_groups_fit_its_model(name: str) -> None:
     config = load_config(RunConfig, FOLDER / f"{name}.yaml", [])
     architecture, model_config = prepare_model(config)
     model = architecture.model(model_config, device="meta")
-    plans = plan_groups(model.named_parameters(), config.optimizer)
-    assert sum(len(plan.names) for plan in plans) == len(list(model.parameters()))
+    for stage in stages_of(config):
+        names = trained_names(model, stage.config.train.trainable)
+        plans = plan_groups([(name, model.get_parameter(name)) for name in names], stage.config.optimizer)
+        assert sum(len(plan.names) for plan in plans) == len(names)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -52,8 +54,10 @@ def test_its_plan_can_be_made_for_a_tiny_model(
         f"output.dir={tmp_path / 'runs'}",
         "cache.dir=null",
     ]
+    overrides = "{lora_rank: 2}" if name.startswith("exo") else "{}"
+    changes = [*paths, *WITHOUT_WEIGHTS, f"model.overrides={overrides}"]
     before = tree(tmp_path)
-    assert run(FOLDER / f"{name}.yaml", "--dry-run", *settings(*paths, *WITHOUT_WEIGHTS)) == 0
+    assert run(FOLDER / f"{name}.yaml", "--dry-run", *settings(*changes)) == 0
     assert "4 images" in capsys.readouterr().out
     assert tree(tmp_path) == before
 

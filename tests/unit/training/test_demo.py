@@ -59,3 +59,48 @@ def test_text_encoder_is_written_with_its_tokenizer(tmp_path: Path) -> None:
     coded = encoder.encode(["a red circle left of a blue square"])
     assert coded.context is not None
     assert coded.context.shape == (1, 9, encoder.width)
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_exo_learns_from_scenes_and_edits_in_its_stages(tmp_path: Path) -> None:
+    from training.state import read_checkpoint
+
+    tiny = ("model.preset=tiny", "train.batch_size=2", "sampling.every_steps=0", "checkpoint.every_steps=1")
+    lengths = tuple(f"train.stages.{number}.steps=1" for number in range(3))
+    changes = [part for key in (*tiny, *lengths) for part in ("--set", key)]
+    assert demo.main(["model", "--arch", "exo", "--out", str(tmp_path), *changes]) == 0
+    assert len(list((tmp_path / "scenes" / "edits").glob("*.source.png"))) == 8
+    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000003").facts["stage"] == 2
+    with safe_open(tmp_path / "exo-demo" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["flowcore.vae"] == "scenes-vae"
+    assert metadata["flowcore.shift"] == "3.0"
+    assert "flowcore.text_encoder" not in metadata
+    assert float(metadata["flowcore.train_flops"]) > 1e6
+
+
+def test_the_words_of_exo_are_those_of_scenes_and_edits() -> None:
+    from training.config import RunConfig, load_config
+    from training.demo_parts import CONFIGS
+    from training.scenes import iterate_edits
+    from training.scenes.captions import vocabulary
+
+    words = set(load_config(RunConfig, CONFIGS / "exo_demo.yaml", []).model.overrides["words"])
+    spoken = {word for _, text in iterate_edits(400, 1) for word in text.split()}
+    assert words == {*vocabulary(), *spoken, "user", "assistant"}
+
+
+def test_the_minutes_of_a_run_are_shared_among_its_stages(tmp_path: Path) -> None:
+    from tests.unit.training.test_loop import Regression
+    from tests.unit.training.workspace import run_config
+    from training.demo_parts import lengths_within
+
+    stages = [{"steps": 100, "train": {"trainable": ["weight"]}}, {"steps": 300}]
+    config = run_config(tmp_path, train={"batch_size": 8, "stages": stages, "steps": 400})
+    objective = Regression()
+    before = {name: tensor.clone() for name, tensor in objective.module.state_dict().items()}
+    first, second = lengths_within(60.0, config, objective)
+    assert second == pytest.approx(3 * first, abs=3)
+    assert first > 100
+    assert all(parameter.requires_grad for parameter in objective.module.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in objective.module.state_dict().items())

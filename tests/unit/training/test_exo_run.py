@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flowcore.weights.exo import fingerprint, load_exo, load_trunk
-from tests.exo_trunk import write_trunk
+from tests.exo_trunk import REFERENCE, write_trunk
 from tests.support import ROOT
 from tests.unit.training.workspace import (
     assert_equal_runs,
@@ -92,7 +92,7 @@ def test_checkpoints_and_results_leave_a_trunk_by_reference_out(tmp_path: Path) 
     trunk = write_trunk(tmp_path / "trunk")
     path = config_of(
         tmp_path,
-        model={"overrides": {"embeds_trunk": False, "lora_rank": 2}},
+        model={"overrides": {**REFERENCE, "lora_rank": 2}},
         encoders={"text": str(trunk)},
         train={"steps": 2},
         checkpoint={"every_steps": 1},
@@ -124,8 +124,7 @@ def tiny(folder: Path, name: str, *assignments: str) -> list[str]:
 def test_the_stages_change_what_the_recipe_says_and_no_bit_besides(tmp_path: Path) -> None:
     trunk = write_trunk(tmp_path / "trunk")
     reference = [
-        "model.overrides.embeds_trunk=false",
-        "model.overrides.lora_rank=2",
+        f"model.overrides={json.dumps({**REFERENCE, 'lora_rank': 2})}",
         f"encoders.text={trunk}",
         "checkpoint={every_steps: 1, keep: 99}",
         "logging.every_steps=1",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcore.errors import CheckpointError, ConfigError
-from tests.exo_trunk import write_trunk
+from tests.exo_trunk import REFERENCE, TRUNK, write_trunk
 from tests.tiny import VAE, write_parts
 from tests.unit.training.workspace import run_config, write_edits
 from training.assemble import build_objective, prepare
@@ -188,7 +188,7 @@ def test_a_task_has_gradients_for_its_part_and_can_be_learned(
 def test_a_trunk_by_reference_stays_frozen_and_its_changes_learn(tmp_path: Path, precision: str) -> None:
     made = objective(
         tmp_path,
-        model={"overrides": {"embeds_trunk": False, "lora_rank": 4}},
+        model={"overrides": {**REFERENCE, "lora_rank": 4}},
         encoders={"text": str(write_trunk(tmp_path / "trunk"))},
         precision=precision,
     )
@@ -209,7 +209,7 @@ def test_a_trunk_by_reference_stays_frozen_and_its_changes_learn(tmp_path: Path,
 def test_without_changes_the_prompt_takes_no_gradient(tmp_path: Path) -> None:
     made = objective(
         tmp_path,
-        model={"overrides": {"embeds_trunk": False}},
+        model={"overrides": REFERENCE},
         encoders={"text": str(write_trunk(tmp_path / "trunk"))},
     )
     draw = made.draw(0, BATCH)
@@ -220,7 +220,7 @@ def test_without_changes_the_prompt_takes_no_gradient(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
     trunk = str(write_trunk(tmp_path / "trunk"))
-    reference = {"overrides": {"embeds_trunk": False}}
+    reference = {"overrides": REFERENCE}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"encoders": {"text": "scenes-text"}}, "encoders.text must be bytes or left out for preset 'tiny'"),
         (
@@ -237,6 +237,10 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
             objective(tmp_path, **sections)
     with pytest.raises(CheckpointError, match=r"encoders\.text: the trunk no/where must be a folder"):
         objective(tmp_path, model=reference, encoders={"text": "no/where"})
+    with pytest.raises(
+        ConfigError, match="must read bytes, with the image token 260, got 261; set embeds_tr"
+    ):
+        objective(tmp_path, model={"overrides": {"trunk": TRUNK}})
     (tmp_path / "trunk" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"must come with its processor, got no tokenizer\.json"):
         objective(tmp_path, model=reference, encoders={"text": trunk})

@@ -138,3 +138,15 @@ def test_a_stop_ends_a_preview(tmp_path: Path) -> None:
     made = objective(tmp_path)
     with torch.no_grad(), pytest.raises(StoppedError):
         made.preview(tmp_path, 1, stop)
+
+
+def test_errors_of_other_captions_are_of_the_same_noise(tmp_path: Path) -> None:
+    made = objective(tmp_path)
+    with torch.no_grad():
+        own, same, other = made.errors([0, 0, 0], ["picture 0", "picture 0", "a word more"], 0.9)
+        alone = made.errors([0], ["picture 0"], 0.9)
+        low = made.errors([0], ["picture 0"], 0.1)
+    assert own == same
+    assert abs(own - other) > 1e-7
+    assert torch.allclose(alone[0], own, rtol=1e-4)
+    assert not torch.allclose(low[0], own, rtol=1e-2)
