@@ -8,52 +8,26 @@ from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from flowcore.errors import ConfigError
 from training.config_file import assign, describe, merged, read_table
+from training.strict import Pattern, Strict
+from training.train_table import Train
 
 CELL = 8
 """Pixels of an image that one latent cell stands for, on a side."""
 
 
-def _compiles(pattern: str) -> str:
-    """The pattern. Raises: ValueError if it is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as err:
-        raise ValueError(f"must be a regular expression ({err})") from err
-    return pattern
-
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Pattern = Annotated[str, AfterValidator(_compiles)]
 DEVICES = frozenset(
     {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 )
 Precision = Literal["float32", "bfloat16", "float16"]
-
-
-class Strict(BaseModel):
-    """Table without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError(f"must not be true or false, got {value}")
-        return value
 
 
 class Output(Strict):
@@ -149,102 +123,6 @@ class Cache(Strict):
 
     dir: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Timesteps(Strict):
-    """Law of the training noise levels (flow.md 4.1), 1 = noise."""
-
-    law: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
-    shift: float = Field(1.0, gt=0)
-
-
-class ExoTraining(Strict):
-    """What a run of exo minimises (exo.md 10); other architectures do not read it.
-
-    task: velocity; projector = the picture's latents from its visual tokens; language = words from the states
-    of the trunk's own text. The weights diffusion, edit and perceptual are those of the three losses; of the
-    edit loss, sparsity is the price of a marked cell and labels the weight of the cells' known labels.
-    iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
-    whether samples without source picture have an edit loss, against the estimate of the first iteration.
-    """
-
-    task: Literal["velocity", "projector", "language"] = "velocity"
-    iterations: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (1, 4)
-    diffusion: float = Field(0.9, ge=0)
-    edit: float = Field(0.1, ge=0)
-    perceptual: float = Field(0.05, ge=0)
-    sparsity: float = Field(0.1, gt=0)
-    labels: float = Field(0.2, ge=0)
-    features: Literal["decoder_mid", "lpips", "none"] = "decoder_mid"
-    plain_edits: bool = True
-
-    @field_validator("iterations")
-    @classmethod
-    def _ordered(cls, iterations: tuple[int, int]) -> tuple[int, int]:
-        if iterations[0] > iterations[1]:
-            raise ValueError(f"must be the least and the most, got {list(iterations)}")
-        return iterations
-
-
-class StageTable(Strict):
-    """A part of a run with a length of its own; train, optimizer and schedule override the run's sections."""
-
-    name: str = Field("", pattern=r"^[\w-]*$")
-    steps: int = Field(1, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    train: dict[str, Any] = Field(default_factory=dict)
-    optimizer: dict[str, Any] = Field(default_factory=dict)
-    schedule: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _has_length(self) -> StageTable:
-        if not {"steps", "epochs"} & self.model_fields_set:
-            raise ValueError("steps or epochs must be given, got neither")
-        fixed = {"steps", "epochs", "stages", "compile", "method"} & set(self.train)
-        if fixed:
-            raise ValueError(f"train must not hold {min(fixed)}, which is the run's or the stage's own")
-        return self
-
-
-class Train(Strict):
-    """Length, batch and regularisation of the run.
-
-    Instead of steps, epochs or stages may tell the length. trainable: patterns (regular expressions) of the
-    parameters that change; none = all.
-    """
-
-    method: Literal["full"] = "full"
-    steps: int = Field(1, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    stages: tuple[StageTable, ...] = ()
-    trainable: tuple[Pattern, ...] = ()
-    batch_size: int = Field(ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
-    grad_clip: float = Field(1.0, ge=0)
-    cond_dropout: float = Field(0.1, ge=0, le=1)
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    attention: Literal["auto", "sdpa", "flash"] = "auto"
-    timesteps: Timesteps = Timesteps()
-    exo: ExoTraining = ExoTraining()
-
-    @model_validator(mode="after")
-    def _has_length(self) -> Train:
-        if not {"steps", "epochs", "stages"} & self.model_fields_set:
-            raise ValueError("steps must be given, or epochs or stages, got none of them")
-        if self.epochs and self.stages:
-            raise ValueError(f"epochs must be left out with stages, got {self.epochs}")
-        return self
-
-    @model_validator(mode="after")
-    def _micro_divides(self) -> Train:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size must divide batch_size ({self.batch_size}), got {self.micro_batch_size}"
-            )
-        return self
 
 
 class Group(Strict):

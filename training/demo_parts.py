@@ -15,9 +15,9 @@ from torch import Tensor
 
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.checkpoint import read_tensors
+from training.assemble import recipes_of
 from training.config import Data, LoopConfig, PartConfig, RunConfig, load_config
 from training.data.folder import scan
-from training.assemble import recipes_of
 from training.launch import Builder, Finisher, launch, pick_device
 from training.log import read_metrics
 from training.loop import Objective, Run

@@ -91,7 +91,7 @@ def compare_words(objective: FlowMatchingObjective, kind: str, count: int, level
     import torch
 
     rng = np.random.default_rng(STREAM)
-    pairs = []
+    pairs: list[tuple[int, str, str]] = []
     for number in rng.permutation(len(objective.data.samples)).tolist():
         caption = objective.data.samples[number].caption
         other = swap_word(caption, kind, rng)

@@ -18,7 +18,7 @@ from flowcore.flow.solvers import euler
 from flowcore.layers.attention import find_attention
 from flowcore.models import Architecture
 from flowcore.ops import Runtime, run_checkpointed, run_plain
-from training.config import ExoTraining, Sampling, Timesteps
+from training.config import Sampling
 from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
 from training.data.order import BatchOrder
@@ -26,6 +26,7 @@ from training.encoders import CaptionEncoder, ImageEncoder
 from training.grid import save_grid
 from training.keys import generator
 from training.stop import StopFlag
+from training.train_table import ExoTraining, Timesteps
 
 FLOOR = 1e-4
 PREVIEW_BATCH = 64

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from training.config import LoopConfig, Strict
+from training.config import LoopConfig
+from training.strict import Strict
 
 
 class SequenceModel(Strict):

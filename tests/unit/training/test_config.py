@@ -380,25 +380,3 @@ def test_a_run_must_have_a_length(tmp_path: Path) -> None:
         ConfigError, match=r"train\.steps must tell the length of this run, got epochs or stages"
     ):
         load_config(PartConfig, part, [])
-
-
-def test_a_stage_overrides_what_it_names_and_nothing_else(tmp_path: Path) -> None:
-    stage = {
-        "steps": 7,
-        "train": {"batch_size": 2, "exo": {"edit": 0.5}, "trainable": ["a"]},
-        "optimizer": {"groups": [{"pattern": "b", "lr": 1.0}]},
-    }
-    config = load(
-        tmp_path,
-        train={"stages": [{"steps": 3}, stage], "exo": {"diffusion": 0.8}},
-        optimizer={"lr": 0.5, "groups": [{"pattern": "a"}, {"pattern": "c"}]},
-        schedule={"steps": 100, "warmup_steps": 4},
-    )
-    first, second = config.stage(0), config.stage(1)
-    assert (first.train.steps, first.train.batch_size, first.train.trainable) == (3, 4, ())
-    assert (second.train.steps, second.train.batch_size, second.train.trainable) == (7, 2, ("a",))
-    assert (second.train.exo.diffusion, second.train.exo.edit) == (0.8, 0.5)
-    assert second.optimizer.lr == 0.5
-    assert [group.pattern for group in second.optimizer.groups] == ["b"]
-    assert (second.schedule.warmup_steps, second.schedule.steps) == (4, None)
-    assert first.model_copy(update={"train": config.train, "schedule": config.schedule}) == config
