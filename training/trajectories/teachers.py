@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowcore.errors import ConfigError
-from flowcore.pipeline import Pipeline, Settings
+from flowcore.pipeline import Pipeline
 from flowcore.vae.latent_spec import LatentSpec
 from training.config import Data, Dataset
 from training.data.buckets import Bucket
@@ -73,9 +73,10 @@ class FlowTeacher:
     def __init__(self, name: str, request: Request) -> None:
         """Raises: CheckpointError, ConfigError if a file or an option cannot be used."""
         self.pipeline = Pipeline.from_files(name, device=request.device, dtype=request.dtype)
-        guidance = Settings().cfg_scale if request.guidance is None else request.guidance
+        kind = self.pipeline.settings_type
+        guidance = kind().cfg_scale if request.guidance is None else request.guidance
         self.settings = self.pipeline.sized(
-            Settings(
+            kind(
                 width=request.width,
                 height=request.height,
                 num_steps=request.steps,

@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flowcore.exo import ExoSettings
 from flowcore.images import image_to_tensor
 from flowcore.pipeline import Pipeline, Settings
 from flowcore.vae.autoencoder import load_vae
+from tests import tiny_exo
 from tests.support import assert_close
 from tests.tiny import SPEC, VAE, write_parts
 from tests.unit.training.trajectories.pipelines import write_flux1, write_klein
@@ -99,6 +101,17 @@ def test_a_model_of_the_project_is_a_teacher(parts: Path, tmp_path: Path) -> Non
     settings = Settings(num_steps=3, cfg_scale=1.5, negative_prompt="blue")
     seeds = [line["noise_seed"] for line in lines]
     assert torch.equal(torch.stack(latents), Pipeline.from_files(parts).sample(PROMPTS, seeds, settings))
+
+
+def test_an_exo_is_a_teacher(tmp_path: Path) -> None:
+    file = tiny_exo.write_parts(tmp_path)
+    assert make(tmp_path, "--teacher", str(file), "--count", "2", "--steps", "2", "--dtype", "float32") == 0
+    header, lines, latents = records(tmp_path)
+    assert (header["guidance"], header["schedule"]) == (4.0, "euler, shift 3.0")
+    settings = ExoSettings(num_steps=2)
+    seeds = [line["noise_seed"] for line in lines]
+    expected = Pipeline.from_files(file).sample(PROMPTS[:2], seeds, settings)
+    assert torch.equal(torch.stack(latents), expected)
 
 
 def test_latents_of_another_autoencoder_belong_to_no_noise(parts: Path, flux1: Path, tmp_path: Path) -> None:
