@@ -19,6 +19,7 @@ from .errors import FlowCoreError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .exo import TrunkOptions
     from .flow.steps import StepCallback, StepState
     from .pipeline import Pipeline
     from .settings import Settings
@@ -164,6 +165,17 @@ def _add_exo(add: Callable[..., argparse.Action]) -> None:
     )
     add("--eta", type=float, metavar="X", help="0 to 1: new noise in each step (0)")
     add("--schedule", metavar="NAME", help="shift, or flux2, whose shift follows from size and steps (shift)")
+    add(
+        "--trunk-dtype",
+        metavar="NAME",
+        help="of the trunk's weights: float32, bfloat16, float16, int8, or nf4 (4 bits; needs bitsandbytes) "
+        "(the model's)",
+    )
+    add(
+        "--offload",
+        metavar="NAME",
+        help="what of the trunk lies on the CPU until it is needed: none, vision, or layers (slow) (none)",
+    )
     add("--mask-out", metavar="FILE", help="PNG file for the mask of the edits, white = edited")
 
 
@@ -212,7 +224,17 @@ def open_pipeline(options: argparse.Namespace) -> "Pipeline":
         dtype=options.dtype,
         tile=options.tile,
         attention=options.attention,
+        trunk=trunk_options(options),
     )
+
+
+def trunk_options(options: argparse.Namespace) -> "TrunkOptions | None":
+    """Return how the trunk of an exo model is to be loaded; None if nothing is said of it."""
+    if options.trunk_dtype is None and options.offload is None:
+        return None
+    from .exo import TrunkOptions
+
+    return TrunkOptions(dtype=options.trunk_dtype or "auto", offload=options.offload or "none")
 
 
 def make(

@@ -327,7 +327,7 @@ def test_every_imported_package_is_declared() -> None:
         where: {re.split(r"[^\w-]", line.lower())[0] for line in lines}
         for where, lines in {**data["optional-dependencies"], "base": data["dependencies"]}.items()
     }
-    base = names["base"] | names["torch"] | names["flash"]
+    base = names["base"] | names["torch"] | names["flash"] | names["quant"]
     faults = []
     for folder, declared in (
         ("flowcore", base),

@@ -8,13 +8,17 @@ from typing import cast
 
 import torch
 
-from ..errors import CheckpointError
+from ..devices import find_dtype
+from ..errors import CheckpointError, ConfigError
 from ..models.exo import Exo, ExoConfig
 from ..models.exo.trunk_config import BYTE_TOKENS
 from ..parts import Source, part_source
 from ..text.qwen3_vl import ByteTokenizer, ChatTokenizer, PromptReader, Tokenizer
 from ..weights.checkpoint import LoadedModel
 from ..weights.exo import attach_trunk, find_folder, load_trunk, trunk_folder
+from ..weights.placement import move
+from .offload import check_offload, place
+from .quantized import QUANTIZED, quantize
 
 _BYTE_IMAGE = 256 + BYTE_TOKENS.index("<|image_pad|>")
 
@@ -23,10 +27,22 @@ _BYTE_IMAGE = 256 + BYTE_TOKENS.index("<|image_pad|>")
 class TrunkOptions:
     """How the trunk of an Exo model is loaded.
 
+    dtype: of its weights: "auto" = as the rest of the model, a name of `devices.find_dtype`, or of
+    `quantized.QUANTIZED`. offload: what lies on the CPU until it is needed, a name of `offload.OFFLOADS`.
     may_download: whether a repository that is not in the Hugging Face cache may be fetched.
     """
 
+    dtype: str = "auto"
+    offload: str = "none"
     may_download: bool = False
+
+    def check(self, device: torch.device) -> None:
+        """Check the options for a device. Raises: ConfigError."""
+        check_offload(self.offload, device)
+        if self.dtype not in ("auto", *QUANTIZED):
+            find_dtype(self.dtype, device)
+        if self.dtype == "nf4" and self.offload == "layers":
+            raise ConfigError("offload must be none or vision with a trunk of nf4, got layers; take int8")
 
 
 def give_trunk(
@@ -50,9 +66,20 @@ def give_trunk(
     else:
         folder = trunk_folder(loaded, path, trunk=trunk, may_download=options.may_download)
         tokenizer = byte_tokenizer(model.config) or ChatTokenizer(folder)
-        network = load_trunk(folder, device=device, dtype=dtype)
-        attach_trunk(loaded, path, network, source=str(folder))
+        attach_trunk(loaded, path, load_trunk(folder), source=str(folder))
+    _place_trunk(model, options, device, dtype)
     return prompt_reader(model.config, tokenizer)
+
+
+def _place_trunk(model: Exo, options: TrunkOptions, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring the trunk to the precision and the places of the options; dtype: that of the rest."""
+    assert model.trunk is not None
+    if options.dtype in QUANTIZED:
+        quantize(model.trunk, options.dtype)
+    elif options.dtype != "auto":
+        dtype = find_dtype(options.dtype, device)
+    move(model.trunk, None, dtype)
+    place(model.trunk, options.offload, device)
 
 
 def vae_source(

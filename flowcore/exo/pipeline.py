@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..errors import ConfigError
@@ -31,6 +32,7 @@ from ..vae.tiling import tiling_of
 from ..weights.checkpoint import LoadedModel
 from .loading import TrunkOptions, give_trunk, vae_source
 from .masks import preserving
+from .offload import brought, decoder_layers, streamed
 from .prefixes import PrefixCache, prompt_keys, weights_key
 from .settings import ExoSettings
 from .trace import ExoInfo, Trace
@@ -51,7 +53,8 @@ class Refined:
 class ExoPipeline(Pipeline):
     """An Exo with its autoencoder. Its text encoder is its own trunk, which looks at pictures, too.
 
-    prefixes: what the trunk made of the latest prompts.
+    offload: which parts of the trunk lie on the CPU until they are needed. prefixes: what the trunk made of
+    the latest prompts.
     """
 
     settings_type: ClassVar[type[Settings]] = ExoSettings
@@ -59,6 +62,7 @@ class ExoPipeline(Pipeline):
     fallback_shift: ClassVar[float] = 3.0
 
     text_encoder: PromptReader
+    offload: str = "none"
     prefixes: PrefixCache = field(default_factory=PrefixCache)
 
     @classmethod
@@ -129,7 +133,10 @@ class ExoPipeline(Pipeline):
     @property
     def runtime(self) -> Runtime:
         """How the blocks are computed."""
-        return Runtime(attention=find_attention(self.attention))
+        attention = find_attention(self.attention)
+        if self.offload != "layers":
+            return Runtime(attention=attention)
+        return Runtime(attention=attention, run_block=streamed(decoder_layers(self._trunk), self.device))
 
     def generate(
         self,
@@ -268,17 +275,24 @@ class ExoPipeline(Pipeline):
             combine=chosen.guidance_rule(),
         )
 
+    @torch.inference_mode()
     def _read(self, told: Conditioning, size: tuple[int, int], rows: list[int]) -> list[PrefixState]:
         """Return the states of some of the prompts, one sample each."""
         assert told.context is not None
         index = torch.tensor(rows, device=told.context.device)
         extras = {name: part[index] for name, part in told.extras.items()}
         mask = None if told.context_mask is None else told.context_mask[index]
-        with torch.inference_mode():
+        away = self.offload != "none" and bool(extras)
+        with brought(self._trunk.get_submodule("visual"), self.device) if away else nullcontext():
             state = self.exo.encode(
                 told.context[index, :, 0], mask, size=size, dtype=self.dtype, runtime=self.runtime, **extras
             )
             return state.split()
+
+    @property
+    def _trunk(self) -> nn.Module:
+        assert self.exo.trunk is not None  # `from_loaded` gives one
+        return self.exo.trunk
 
 
 def from_loaded(
@@ -305,13 +319,17 @@ def from_loaded(
     device = next(loaded.model.parameters()).device
     dtype = next(loaded.model.parameters()).dtype
     chosen = options or TrunkOptions()
+    chosen.check(device)
     autoencoder = vae_source(vae, loaded.metadata, path, may_download=chosen.may_download)
     reader = give_trunk(loaded, path, trunk=folder, options=chosen, device=device, dtype=dtype)
     sources = {"model": str(name), "vae": autoencoder}
+    if chosen.dtype != "auto":
+        sources["trunk_dtype"] = chosen.dtype
     return ExoPipeline(
         model=loaded,
         text_encoder=reader,
         vae=load_model_vae(autoencoder, loaded, path.name, device, tiling_of(tile)),
         attention=attention,
+        offload=chosen.offload,
         sources=sources if folder is None else {**sources, "text_encoder": str(folder)},
     )
