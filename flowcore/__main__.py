@@ -177,6 +177,8 @@ def _add_exo(add: Callable[..., argparse.Action]) -> None:
         help="what of the trunk lies on the CPU until it is needed: none, vision, or layers (slow) (none)",
     )
     add("--mask-out", metavar="FILE", help="PNG file for the mask of the edits, white = edited")
+    add("--dry-run", action="store_true", help="print how much memory it takes, and make nothing")
+    add("--memory", metavar="SIZE", help="of --dry-run: whether it fits so much, such as 32GB")
 
 
 def picture(options: argparse.Namespace) -> int:
@@ -186,6 +188,8 @@ def picture(options: argparse.Namespace) -> int:
 
     if options.count < 1:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
+    if options.dry_run:
+        return plan(options)
     seeds = list(range(options.seed, options.seed + options.count))
     targets = [target_path(options.out, seed, options.count) for seed in seeds]
     check_early(options)
@@ -226,6 +230,30 @@ def open_pipeline(options: argparse.Namespace) -> "Pipeline":
         attention=options.attention,
         trunk=trunk_options(options),
     )
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print the memory that a picture takes."""
+    from .exo import TrunkOptions
+    from .exo.dry_run import Request, file_plan
+    from .exo.memory_plan import parse_memory, plan_table
+    from .exo.settings import ExoSettings
+
+    settings = settings_of(options, ExoSettings, "exo")
+    request = Request(
+        prompt=options.prompt,
+        width=options.width,
+        height=options.height,
+        has_picture=options.init is not None,
+        is_guided=settings.cfg_scale != 1,
+        batch=min(options.count, BATCH),
+        dtype="bfloat16" if options.dtype == "auto" else options.dtype,
+        trunk=trunk_options(options) or TrunkOptions(),
+        tile=options.tile,
+    )
+    memory = None if options.memory is None else parse_memory(options.memory)
+    print(plan_table(file_plan(options.model, request, vae=options.vae), memory))
+    return DONE
 
 
 def trunk_options(options: argparse.Namespace) -> "TrunkOptions | None":

@@ -54,11 +54,29 @@ def convert_parser() -> Parser:
 
 
 def budget(options: argparse.Namespace) -> int:
-    """Print how many parameters each part of an architecture has."""
+    """Print how many parameters each part of an architecture has, and the memory of pictures if asked to."""
     from .models.exo.budget import budget_table
 
     sys.stdout.write(budget_table(options.presets) + "\n")
+    if options.memory is not None:
+        sys.stdout.write(memory_plans(options))
     return DONE
+
+
+def memory_plans(options: argparse.Namespace) -> str:
+    """Return the memory that a picture of each preset takes: with guidance and an initial image, 1024 px."""
+    from .exo import TrunkOptions
+    from .exo.dry_run import Request, preset_plan
+    from .exo.memory_plan import parse_memory, plan_table
+    from .models.exo import PRESETS
+
+    memory = parse_memory(options.memory)
+    trunk = TrunkOptions(dtype=options.trunk_dtype, offload=options.offload)
+    request = Request(prompt=" " * 900, has_picture=True, trunk=trunk)
+    tables = (
+        f"\n{name}\n{plan_table(preset_plan(name, request), memory)}\n" for name in options.presets or PRESETS
+    )
+    return "".join(tables)
 
 
 def budget_parser() -> Parser:
@@ -68,7 +86,38 @@ def budget_parser() -> Parser:
         description="Count the parameters of each part, without building anything.",
     )
     parser.add_argument("architecture", choices=("exo",), help="exo: the one that is made of many parts")
-    parser.add_argument("presets", nargs="*", metavar="PRESET", help="such as 8b (all)")
+    add = parser.add_argument
+    add("presets", nargs="*", metavar="PRESET", help="such as 8b (all)")
+    add("--memory", metavar="SIZE", help="also plan a picture, and say whether it fits so much, such as 32GB")
+    add(
+        "--trunk-dtype",
+        default="auto",
+        metavar="NAME",
+        help="of the plan: bfloat16, int8, nf4, ... (bfloat16)",
+    )
+    add("--offload", default="none", metavar="NAME", help="of the plan: none, vision or layers (none)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Write a trunk with an Exo file's changes, and the file without them."""
+    from .exo.merging import merge_file
+
+    sys.stdout.write(merge_file(options.source, options.target, trunk=options.trunk) + "\n")
+    return DONE
+
+
+def merge_parser() -> Parser:
+    """Return the options of `python -m flowcore merge`."""
+    parser = Parser(
+        prog="python -m flowcore merge",
+        description="Add the low-rank changes in an Exo file to its trunk for good: writes a folder with the "
+        "trunk and an Exo file without them.",
+    )
+    parser.add_argument("source", metavar="IN", help="Exo file or bundled name")
+    parser.add_argument("target", metavar="OUT", help="folder, new or empty")
+    parser.add_argument("--trunk", metavar="FOLDER", help="the trunk (what the file names)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -77,4 +126,5 @@ COMMANDS: dict[str, tuple[Command, Callable[[], Parser]]] = {
     "inspect": (inspect, inspect_parser),
     "convert": (convert, convert_parser),
     "budget": (budget, budget_parser),
+    "merge": (merge, merge_parser),
 }

@@ -46,6 +46,14 @@ def text_sources(
     return several[0] if len(several) == 1 else several
 
 
+def stated_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return width and height in pixels that a model's file states, None if it states none."""
+    sides = metadata.get("modelspec.resolution", "").split("x")
+    if len(sides) == 2 and all(side.isdigit() for side in sides):
+        return int(sides[0]), int(sides[1])
+    return None
+
+
 def stated_shift(metadata: Mapping[str, str], name: str, default: float) -> float:
     """Return the shift that a model's file states, or the default. Raises: CheckpointError if it is none."""
     text = metadata.get("flowcore.shift")

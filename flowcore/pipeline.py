@@ -21,7 +21,7 @@ from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_ima
 from .layers.attention import find_attention
 from .noise import draw_noise, step_noise
 from .ops import Runtime
-from .parts import Source, load_model_vae, part_source, stated_shift, text_mode_of, text_sources
+from .parts import Source, load_model_vae, part_source, stated_shift, stated_size, text_mode_of, text_sources
 from .settings import Settings, check_request, whole_size
 from .text.encoder import TextEncoder, TextMode
 from .text.loading import load_text_encoder
@@ -133,11 +133,7 @@ class Pipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """Width and height in pixels at which the model was trained."""
-        text = self.model.metadata.get("modelspec.resolution", "")
-        sides = text.split("x")
-        if len(sides) == 2 and all(side.isdigit() for side in sides):
-            return int(sides[0]), int(sides[1])
-        return self.fallback_side, self.fallback_side
+        return stated_size(self.model.metadata) or (self.fallback_side, self.fallback_side)
 
     @property
     def default_shift(self) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.bench.cases import Case, suite
+from tests.bench.cases import IMAGE, IMAGE_GUIDED, Case, suite
 from tests.bench.references import REFERENCES
 from tests.bench.running import BenchError, Measured, Row, measure
 
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 2
     measured: list[Measured] = []
+    done: list[Case] = []
     is_failed = False
     print(HEADER, flush=True)
     for case, reference in pairs(cases, references):
@@ -46,10 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             is_failed = True
             continue
         measured.append(one)
+        done.append(case)
         print(describe(one.row), flush=True)
     if args.store:
         store({one.row.arch: one.relative for one in measured})
     finish(measured, args.json)
+    if any(case.what in (IMAGE, IMAGE_GUIDED) for case in done):
+        from tests.bench.exo_image import notes  # only here: it takes seconds
+
+        print(*notes(done, [one.row for one in measured]), sep="\n")
     return 1 if is_failed or any(one.row.ok is False for one in measured) else 0
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 LOAD, FORWARD, TRAIN, SAMPLE = "load", "forward", "train step", "sample 20 steps guided"
 CHECKPOINTED = "train step checkpointed"
 """As TRAIN, with every block computed again in the backward pass."""
+IMAGE, IMAGE_GUIDED = "image 20 steps", "image 20 steps guided"
+"""From prompt to pixels, as exo's pipeline goes: the prompt read once, 4 refinements a step, decoded."""
 
 PRODUCT_SIDE = 1024
 PRODUCT_FLOP = 2 * PRODUCT_SIDE**3
@@ -73,6 +75,11 @@ FORWARDS = (
     ),
     Case(arch="exo", preset="tiny", shape=(32, 32), text=64),
 )
+# Pictures of exo, on a CPU with the sizes of the demo.
+IMAGES = {
+    "gpu": Case(arch="exo", preset="8b", shape=(64, 64), text=320),
+    "cpu": Case(arch="exo", preset="demo", shape=(16, 16), text=64),
+}
 # The large models' widths in fewer blocks and tokens: two minutes in all, and yet the matrices take the time.
 SMOKE = (
     Case(arch="xut", preset="xut-small", overrides={"depth": 1}, shape=(24, 24), text=64),
@@ -113,5 +120,6 @@ def suite(name: str) -> tuple[Case, ...]:
         *FORWARDS,
         *(replace(case, what=what) for case in SIZES for what in (TRAIN, CHECKPOINTED)),
         *(replace(case, what=SAMPLE) for case in (SIZES if name == "gpu" else sampled)),
+        *(replace(IMAGES[name], what=what) for what in (IMAGE, IMAGE_GUIDED)),
     ]
     return tuple(replace(case, dtype="bfloat16") for case in rows) if name == "gpu" else tuple(rows)

@@ -19,7 +19,8 @@ from torch.nn import functional
 from flowcore.flow.guidance import guided_pair
 from flowcore.flow.schedule import sigma_grid
 from flowcore.flow.solvers import euler
-from tests.bench.cases import FORWARD, LOAD, SAMPLE, Job
+from tests.bench.cases import FORWARD, IMAGE, IMAGE_GUIDED, LOAD, SAMPLE, Job
+from tests.bench.exo_image import image_work
 from tests.bench.measure import count_gflop, peak_mib, reset_peak, square_product, timed
 from tests.bench.subjects import Inputs, Subject, inputs_of, own_subject, reference_subject
 
@@ -32,6 +33,8 @@ PRODUCTS = {"cpu": 2, "cuda": 50}
 def work_of(job: Job, folder: Path) -> Callable[[], object]:
     """The call that is timed. folder: for files."""
     case, device = job.case, job.device
+    if case.what in (IMAGE, IMAGE_GUIDED):
+        return image_work(case, device)
     if job.reference is None:
         subject = own_subject(case, device)
     else:

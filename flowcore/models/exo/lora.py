@@ -88,8 +88,13 @@ def from_peft(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor
     return renamed
 
 
+def merged(weight: Tensor, change: LowRank) -> Tensor:
+    """Return a projection's weights with a change added, in their own dtype; the sum is float32."""
+    update = change.scale * (change.lora_B.weight.float() @ change.lora_A.weight.float())
+    return (weight.float() + update).to(weight.dtype)
+
+
 def add_merged(linear: nn.Linear, change: LowRank) -> None:
-    """Add a change to a projection's weights for good, summed in float32."""
+    """Add a change to a projection's weights for good, as `merged`."""
     with torch.no_grad():
-        update = change.scale * (change.lora_B.weight.float() @ change.lora_A.weight.float())
-        linear.weight.copy_((linear.weight.float() + update).to(linear.weight.dtype))
+        linear.weight.copy_(merged(linear.weight, change))
