@@ -15,7 +15,7 @@ from training.stages import stages_of, trained_names
 FOLDER = ROOT / "training" / "configs"
 PARTS = {"demo_vae": PartConfig, "demo_vae_decoder": PartConfig, "demo_text": PartConfig}
 NO_RUNS = {"demo_vae_model"}
-NAMES = sorted(path.stem for path in FOLDER.iterdir())
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 RUNS = [name for name in NAMES if name not in {*PARTS, *NO_RUNS}]
 WITHOUT_WEIGHTS = [
     "model.preset=tiny",

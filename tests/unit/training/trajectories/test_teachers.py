@@ -151,6 +151,21 @@ def test_a_model_trains_on_trajectories(
     assert sorted(order.rpartition(",")[2].split(";")) == [f"{number:06d}" for number in range(4)]
 
 
+def test_an_exo_trains_on_what_an_exo_made(tmp_path: Path) -> None:
+    file = tiny_exo.write_parts(tmp_path)
+    assert make(tmp_path, "--teacher", str(file), "--count", "4", "--steps", "1", "--guidance", "1") == 0
+    dataset = {"kind": "trajectories", "path": str(tmp_path / "out")}
+    path = write_config(
+        tmp_path,
+        model={"arch": "exo"},
+        datasets=[dataset],
+        encoders={"vae": str(tmp_path / tiny_exo.VAE)},
+        train={"steps": 2, "exo": {"iterations": [1, 2], "perceptual": 0.0}},
+    )
+    assert run(path) == 0
+    assert len(metrics(tmp_path / "runs" / "run")) == 3
+
+
 def test_training_on_latents_of_another_space_is_refused(
     flux1: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
