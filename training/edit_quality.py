@@ -19,6 +19,7 @@ from tqdm import tqdm
 from flowcore.errors import ConfigError
 from flowcore.images import image_to_tensor, tensor_to_images
 from flowcore.models.exo.labels import changed_cells
+from training.data.sample import SOURCE_ENDING
 from training.scenes import Edit, Verdict, accuracy, draw, iterate_edits, judge
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _by_kind(edits: Sequence[Edit], verdicts: Sequence[Verdict]) -> dict[str, fl
 
 def _keep(path: Path, edit: Edit, source: Image.Image, result: Image.Image, info: ExoInfo) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    source.save(path.with_suffix(".source.png"))
+    source.save(path.with_suffix(SOURCE_ENDING))
     info.mask_image("nearest").save(path.with_suffix(".mask.png"))
     result.save(path.with_suffix(".png"))
     path.with_suffix(".txt").write_text(f"{edit.instruction}\n{edit.caption}\n", encoding="utf-8")

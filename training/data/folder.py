@@ -7,12 +7,10 @@ from pathlib import Path
 
 from training.config import Data, Dataset
 from training.data.images import image_size
-from training.data.sample import DataError, Reject, Sample, SampleError
+from training.data.sample import SOURCE_ENDING, DataError, Reject, Sample, SampleError
 from training.data.trajectories import scan_trajectories
 from training.stop import StopFlag
 
-SOURCE_ENDING = ".source.png"
-"""Behind the name of an image: the picture before the edit that its caption asks for."""
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from flowcore.errors import FlowCoreError
 
+SOURCE_ENDING = ".source.png"
+"""Behind the name of an image: the picture before the edit that its caption asks for."""
 Setting = Literal["on_error", "missing_caption"]
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.cli import DONE, UNUSABLE, fail, run_command
+from training.data.sample import SOURCE_ENDING
 from training.files import write_atomic
 
 from .errors import SceneError
-from .folder import SOURCE_ENDING, write_edits, write_folder
+from .folder import write_edits, write_folder
 from .judge import ATTRIBUTES, Verdict, accuracy, judge
 
 

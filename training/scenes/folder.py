@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from training.data.sample import SOURCE_ENDING
+
 from .captions import caption_scene
 from .draw import MIN_SIZE, draw
 from .edits import Edit, iterate_edits
 from .errors import SceneError
 from .scene import ObjectCount, Scene, Split, random_scene
 
-SOURCE_ENDING = ".source.png"
-"""Of the picture that an edit starts from, beside the target's."""
 _MAX_SIZE = 4096
 
 
