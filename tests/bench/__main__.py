@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.bench.cases import IMAGE, IMAGE_GUIDED, Case, suite
+from tests.bench.cases import IMAGE, IMAGE_GUIDED, KINDS, Case, suite
 from tests.bench.references import REFERENCES
 from tests.bench.running import BenchError, Measured, Row, measure
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         references = find_references(args.reference)
-        cases = find_cases(args.suite, args.arch)
+        cases = find_cases(args.suite, args.arch, args.what or KINDS)
     except UsageError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
@@ -63,6 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--arch", nargs="+", metavar="NAME", help="only these architectures")
+    parser.add_argument("--what", nargs="+", choices=KINDS, help="only these rows of each")
     parser.add_argument("--suite", choices=("cpu", "gpu", "smoke"), default="cpu")
     parser.add_argument(
         "--reference",
@@ -94,8 +95,8 @@ def find_references(named: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def find_cases(name: str, archs: Sequence[str] | None) -> list[Case]:
-    """The rows of a suite, of some architectures or of all."""
+def find_cases(name: str, archs: Sequence[str] | None, kinds: Sequence[str]) -> list[Case]:
+    """The rows of a suite of these kinds, of some architectures or of all."""
     cases = suite(name)
     known = sorted({case.arch for case in cases})
     unknown = sorted(set(archs or ()) - set(known))
@@ -106,7 +107,7 @@ def find_cases(name: str, archs: Sequence[str] | None) -> list[Case]:
 
         if not torch.cuda.is_available():
             raise UsageError("--suite gpu must run on a machine with a CUDA device, got none; use cpu")
-    return [case for case in cases if not archs or case.arch in archs]
+    return [case for case in cases if case.what in kinds and (not archs or case.arch in archs)]
 
 
 def pairs(

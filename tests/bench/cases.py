@@ -10,6 +10,7 @@ CHECKPOINTED = "train step checkpointed"
 """As TRAIN, with every block computed again in the backward pass."""
 IMAGE, IMAGE_GUIDED = "image 20 steps", "image 20 steps guided"
 """From prompt to pixels, as exo's pipeline goes: the prompt read once, 4 refinements a step, decoded."""
+KINDS = (LOAD, FORWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED)
 
 PRODUCT_SIDE = 1024
 PRODUCT_FLOP = 2 * PRODUCT_SIDE**3

@@ -85,6 +85,11 @@ def test_a_slow_forward_is_measured_again_and_fails(
     assert (message in printed.err.splitlines()) == bool(code)
 
 
+def test_rows_are_chosen_by_kind() -> None:
+    chosen = command.find_cases("cpu", ["xut"], ["load", "forward"])
+    assert [case.what for case in chosen] == ["load", "forward", "forward"]
+
+
 def test_values_are_stored(relative: dict[str, list[float]]) -> None:
     relative["flux"] = [20.06]
     assert command.main(["--suite", "smoke", "--store", "--arch", "flux"]) == 0
