@@ -63,7 +63,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--arch", nargs="+", metavar="NAME", help="only these architectures")
-    parser.add_argument("--what", nargs="+", choices=KINDS, help="only these rows of each")
+    parser.add_argument(
+        "--what", nargs="+", choices=KINDS, metavar="ROW", help=f"only these rows: {', '.join(KINDS)}"
+    )
     parser.add_argument("--suite", choices=("cpu", "gpu", "smoke"), default="cpu")
     parser.add_argument(
         "--reference",
