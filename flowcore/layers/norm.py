@@ -29,3 +29,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the normalised x times scale, float32."""
         return rms_norm(x, eps=1e-6) * (self.weight_at(x) * scale)
+
+
+class FloatLayerNorm(nn.LayerNorm):
+    """Layer norm in float32, its weights too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `... k` of x `... k`."""
+        weight, bias = at_use(self.weight, x), at_use(self.bias, x)
+        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)

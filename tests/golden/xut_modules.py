@@ -109,7 +109,7 @@ def rope(case: Setup) -> Tensor:
 
 def time_emb(case: Setup) -> Tensor:
     module = filled(TimestepEmbedding(case.config.dim, ops=TORCH_OPS), case.weights)
-    return module(case.given["t"].flatten(), torch.float32)
+    return module(case.given["t"].flatten())
 
 
 def patch(case: Setup) -> Tensor:
@@ -168,7 +168,12 @@ def block_ctx(case: Setup) -> Tensor:
     """A block with its own modulation that reads text; `y_masked` takes the masks of the two attentions."""
     config = replace(case.config, shared_adaln=False)
     module = filled(Block(config, case.given["ctx"].shape[-1], ops=TORCH_OPS), case.weights)
-    signals = Signals(condition=case.given["cond"], positions=case.given["pos"], context=case.given["ctx"])
+    signals = Signals(
+        dtype=torch.float32,
+        condition=case.given["cond"],
+        positions=case.given["pos"],
+        context=case.given["ctx"],
+    )
     if case.result == "y_masked":
         own, text = case.tensors["input.self_attn.mask3d"], case.tensors["input.cross_attn.mask"]
         signals = replace(signals, bias=head_bias(own), context_bias=head_bias(text))
@@ -178,7 +183,9 @@ def block_ctx(case: Setup) -> Tensor:
 def block_skip(case: Setup) -> Tensor:
     module = filled(Block(case.config, case.config.dim, ops=TORCH_OPS), case.weights)
     shared = shared_triples(case.given)
-    signals = Signals(condition=shared.attn.gate, shared=shared, positions=case.given["pos"])
+    signals = Signals(
+        dtype=torch.float32, condition=shared.attn.gate, shared=shared, positions=case.given["pos"]
+    )
     return module(case.given["x"], signals, SDPA, case.given["enc"])
 
 
@@ -211,6 +218,7 @@ def backbone_cases(tensors: Tensors, metadata: Metadata, _options: Options) -> I
     backbone = filled(Backbone(config, ops=TORCH_OPS), part(tensors, "weight."))
     given = part(tensors, "input.")
     plain = Signals(
+        dtype=torch.float32,
         condition=given["cond"],
         shared=shared_triples(given) if is_shared else None,
         positions=given.get("pos_map"),

@@ -27,13 +27,14 @@ _MAX_LOG_FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What steers the blocks, the same for all of them. Matrices compute in the dtype of condition.
+    """What steers the blocks, the same for all of them; matrices compute in dtype.
 
-    Shapes: condition `b 1 d`; bias broadcastable to `b nh l l`, l = m + n; importance `b 1 h w` float32 and
-    inverse_temperature `b 1 1 1` float32, both None without Sol. double_turn leaves text as it is.
+    Shapes: condition `b 1 d`, importance `b 1 h w`, inverse_temperature `b 1 1 1` are float32, the last two
+    None without Sol; bias broadcastable to `b nh l l`, l = m + n. double_turn leaves text as it is.
     """
 
     num_text: int
+    dtype: torch.dtype
     condition: Tensor
     double_turn: Rotation
     single_turn: Rotation
@@ -236,7 +237,7 @@ class DoubleBlock(nn.Module):
         txt, img = x[:, : signals.num_text], x[:, signals.num_text :]
         txt_normed, txt_vectors = self.txt_norm1(txt, signals.condition)
         img_normed, img_vectors = self.img_norm1(img, signals.condition)
-        dtype = signals.condition.dtype
+        dtype = signals.dtype
         txt_mixed, img_mixed = self.attn(txt_normed.to(dtype), img_normed.to(dtype), signals, attention)
         txt = _after_attention(txt, txt_mixed, txt_vectors, self.txt_norm2, self.txt_mlp)
         img = _after_attention(img, img_mixed, img_vectors, self.img_norm2, self.img_mlp)
@@ -265,7 +266,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
         """Return the row `b (m + n) d` after the block, float32."""
-        dtype = signals.condition.dtype
+        dtype = signals.dtype
         normed, (gate,) = self.norm(x, signals.condition)
         x = torch.addcmul(x, gate, self.attn(normed.to(dtype), signals, attention))
         result: Tensor = x + self.mlp(self.norm2(x).to(dtype))

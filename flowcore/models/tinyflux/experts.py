@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ShapeError
-from ...layers.norm import at_use
+from ...layers.norm import FloatLayerNorm, at_use
 from ...ops import Ops
 from .config import TinyFluxConfig
 
@@ -43,15 +43,6 @@ class SolOutput:
     importance: Tensor
     predicted_stats: Tensor
     predicted_spatial: Tensor
-
-
-class FloatLayerNorm(nn.LayerNorm):
-    """Layer norm in float32, its weights too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `... k` of x `... k`."""
-        weight, bias = at_use(self.weight, x), at_use(self.bias, x)
-        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 class LunePredictor(nn.Module):

@@ -170,7 +170,8 @@ class TinyFlux(nn.Module):
         double_turn, single_turn = self._turns(grid, num_text, img_ids, txt_ids, hidden_states.device)
         signals = Signals(
             num_text=num_text,
-            condition=functional.silu(vector).to(hidden_states.dtype)[:, None],
+            dtype=hidden_states.dtype,
+            condition=functional.silu(vector)[:, None],
             double_turn=double_turn,
             single_turn=single_turn,
             bias=None if context_mask is None else _key_mask(context_mask, hidden_states.shape[1]),

@@ -35,12 +35,13 @@ class SharedModulation(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What steers the blocks, the same for all blocks of a stack. Matrices compute in the dtype of condition.
+    """What steers the blocks, the same for all blocks of a stack; matrices compute in dtype.
 
-    Shapes: condition `b 1 d`; positions `b n 2` or `1 n 2`, None = no rotation; bias and context_bias
+    Shapes: condition `b 1 d` float32; positions `b n 2` or `1 n 2`, None = no rotation; bias and context_bias
     broadcastable to `b nh n n` and `b nh n m`; context `b m k`, the text that blocks cross-attend to.
     """
 
+    dtype: torch.dtype
     condition: Tensor
     shared: SharedModulation | None = None
     positions: Tensor | None = None
@@ -86,11 +87,11 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.dim = dim
         self.register_buffer("freqs", timestep_frequencies(dim, where.get("device")))
-        self.proj = nn.Sequential(ops.linear(dim, dim, **where), nn.Mish())
+        self.proj = nn.Sequential(ops.float_linear(dim, dim, **where), nn.Mish())
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `b 1 d` in dtype for times `b`; angles, cosines and sines are float32."""
-        vector: Tensor = self.proj(sinusoidal(1000 * t.float(), self.dim).to(dtype))
+    def forward(self, t: Tensor) -> Tensor:
+        """Return `b 1 d`, float32, for times `b`."""
+        vector: Tensor = self.proj(sinusoidal(1000 * t.float(), self.dim))
         return vector[:, None]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -122,7 +123,7 @@ class AdaLN(nn.Module):
         self.norm = (DyT if config.use_dyt else RMSNorm)(config.dim, where.get("device"))
         self.adaln = None
         if not config.shared_adaln:
-            self.adaln = zero_init(ops.linear(config.dim, 3 * config.dim, **where))
+            self.adaln = zero_init(ops.float_linear(config.dim, 3 * config.dim, **where))
 
     def forward(self, x: Tensor, condition: Tensor, shared: Modulation | None) -> tuple[Tensor, Tensor]:
         """Return norm(x) * scale + shift and the gate `b 1 d`, float32."""
@@ -245,7 +246,7 @@ class Block(nn.Module):
         """Return the stream `b n d` after the block, float32; a first decoder block reads encoded `b n d`."""
         condition, positions = signals.condition, signals.positions
         shared = signals.shared or (None, None, None)
-        dtype = condition.dtype
+        dtype = signals.dtype
 
         h, gate = self.attn_pre_norm(x, condition, shared[0])
         branch = self.attn(h.to(dtype), positions, signals.bias, attention)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ...errors import ShapeError
 from ...layers.modulation import modulation
+from ...layers.norm import FloatLayerNorm
 from ...layers.patch import pad_to_multiple, unpatchify
 from ...ops import DEFAULT_RUNTIME, TORCH_OPS, Ops, Runtime
 from .backbone import Backbone, PlainBlocks, Routing, choose_tokens
@@ -70,17 +71,17 @@ class XUDiT(nn.Module):
         self.addon_info_embs_proj = None
         if config.addon_info_embs_dim is not None:
             self.addon_info_embs_proj = nn.Sequential(
-                ops.linear(config.addon_info_embs_dim, dim, **where),
+                ops.float_linear(config.addon_info_embs_dim, dim, **where),
                 nn.Mish(),
-                zero_init(ops.linear(dim, dim, **where)),
+                zero_init(ops.float_linear(dim, dim, **where)),
             )
 
         def shared_head() -> nn.Sequential:
             return nn.Sequential(
-                ops.layer_norm(dim, eps=config.ln_eps, **where),
-                ops.linear(dim, 4 * dim, **where),
+                FloatLayerNorm(dim, eps=config.ln_eps, device=device),
+                ops.float_linear(dim, 4 * dim, **where),
                 nn.Mish(),
-                zero_init(ops.linear(4 * dim, 3 * dim, **where)),
+                zero_init(ops.float_linear(4 * dim, 3 * dim, **where)),
             )
 
         self.shared_adaln_attn = shared_head() if config.shared_adaln else None
@@ -149,7 +150,7 @@ class XUDiT(nn.Module):
         check_inputs(self.config, x, t, ctx, ctx_mask=ctx_mask, pos_map=pos_map, r=r, addon_info=addon_info)
         rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
         class_ids, ctx = (ctx, None) if self.config.class_cond else (None, ctx)
-        condition = self._condition(x.dtype, t, class_ids, r, addon_info)  # b 1 d
+        condition = self._condition(t, class_ids, r, addon_info)  # b 1 d
         positions = self._positions(rows, columns, pos_map, x.device)  # 1 n 2 or b n 2
         tokens = self.in_patch(x).float()  # b n d
         if ctx is None and self.config.ctx_dim is not None:
@@ -166,6 +167,7 @@ class XUDiT(nn.Module):
             )
             ctx = context_bias = None
         signals = Signals(
+            dtype=x.dtype,
             condition=condition,
             shared=self._shared_modulation(condition),
             positions=positions,
@@ -205,22 +207,21 @@ class XUDiT(nn.Module):
 
     def _condition(
         self,
-        dtype: torch.dtype,
         t: Tensor,
         class_ids: Tensor | None,
         r: Tensor | None,
         addon_info: Tensor | None,
     ) -> Tensor:
-        """Return the vector `b 1 d` that the modulations are made from."""
+        """Return the vector `b 1 d`, float32, that the modulations are made from."""
         t = t.float().reshape(-1)
-        condition: Tensor = self.time_emb(t, dtype)
+        condition: Tensor = self.time_emb(t)
         if r is not None and self.r_emb is not None:
-            condition = condition + self.r_emb(t - r.float().reshape(-1), dtype)
+            condition = condition + self.r_emb(t - r.float().reshape(-1))
         if class_ids is not None and self.class_token is not None:
-            condition = condition + self.class_token(class_ids.reshape(-1, 1)).to(dtype)
+            condition = condition + self.class_token(class_ids.reshape(-1, 1)).float()
         if addon_info is not None and self.addon_info_embs_proj is not None:
             addon = addon_info[:, None] if addon_info.ndim == 1 else addon_info
-            condition = condition + self.addon_info_embs_proj(addon.to(dtype))[:, None]
+            condition = condition + self.addon_info_embs_proj(addon.float())[:, None]
         return condition
 
     def _shared_modulation(self, condition: Tensor) -> SharedModulation | None:
