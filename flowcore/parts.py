@@ -7,7 +7,6 @@ from typing import TypeAlias
 import torch
 
 from .errors import CheckpointError, ConfigError
-from .flow.schedule import check_shift
 from .text.encoder import TextMode
 from .text.hub import PREFIX
 from .vae.autoencoder import Autoencoder, load_vae
@@ -52,18 +51,6 @@ def stated_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     if len(sides) == 2 and all(side.isdigit() for side in sides):
         return int(sides[0]), int(sides[1])
     return None
-
-
-def stated_shift(metadata: Mapping[str, str], name: str, default: float) -> float:
-    """Return the shift that a model's file states, or the default. Raises: CheckpointError if it is none."""
-    text = metadata.get("flowcore.shift")
-    if text is None:
-        return default
-    try:
-        check_shift(float(text))
-    except ValueError as err:
-        raise CheckpointError(f"flowcore.shift in {name} must be a positive number, got {text!r}") from err
-    return float(text)
 
 
 def load_model_vae(

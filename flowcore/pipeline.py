@@ -21,8 +21,9 @@ from .images import add_settings, image_to_tensor, mask_to_tensor, tensor_to_ima
 from .layers.attention import find_attention
 from .noise import draw_noise, step_noise
 from .ops import Runtime
-from .parts import Source, load_model_vae, part_source, stated_shift, stated_size, text_mode_of, text_sources
+from .parts import Source, load_model_vae, part_source, stated_size, text_mode_of, text_sources
 from .settings import Settings, check_request, whole_size
+from .shifts import default_shift, stated_shift
 from .text.encoder import TextEncoder, TextMode
 from .text.loading import load_text_encoder
 from .vae.autoencoder import Autoencoder
@@ -43,13 +44,11 @@ class Pipeline:
 
     attention: what computes it, a name of `layers.attention.ATTENTIONS`.
     sources: what the settings in a picture call the parts.
-    settings_type: what decides its pictures. fallback_side, fallback_shift: pixels a side and shift of the
-    noise levels for a model whose file states none.
+    settings_type: what decides its pictures. fallback_side: pixels a side for a model whose file states none.
     """
 
     settings_type: ClassVar[type[Settings]] = Settings
     fallback_side: ClassVar[int] = 512
-    fallback_shift: ClassVar[float] = 1.0
 
     model: LoadedModel
     text_encoder: TextEncoder
@@ -135,10 +134,13 @@ class Pipeline:
         """Width and height in pixels at which the model was trained."""
         return stated_size(self.model.metadata) or (self.fallback_side, self.fallback_side)
 
-    @property
-    def default_shift(self) -> float:
-        """Shift of the noise levels with which the model was trained."""
-        return stated_shift(self.model.metadata, str(self.sources["model"]), self.fallback_shift)
+    def default_shift(self, width: int, height: int) -> float:
+        """Return the shift of the noise levels for a size: what the file states, else the published one."""
+        stated = stated_shift(self.model.metadata, str(self.sources["model"]))
+        if stated is not None:
+            return stated
+        cell = self.vae.spec.downscale
+        return default_shift(self.model.architecture.name, self.model.config, height // cell, width // cell)
 
     def generate(
         self,
@@ -190,7 +192,7 @@ class Pipeline:
                 raise ConfigError(
                     f"{name} must be a multiple of {cell}, got {side}; nearest are {low} and {high}"
                 )
-        shift = self.default_shift if settings.shift is None else settings.shift
+        shift = self.default_shift(width, height) if settings.shift is None else settings.shift
         return replace(settings, width=width, height=height, shift=shift)
 
     @torch.inference_mode()

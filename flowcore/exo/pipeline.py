@@ -59,7 +59,6 @@ class ExoPipeline(Pipeline):
 
     settings_type: ClassVar[type[Settings]] = ExoSettings
     fallback_side: ClassVar[int] = 1024
-    fallback_shift: ClassVar[float] = 3.0
 
     text_encoder: PromptReader
     offload: str = "none"

@@ -1,5 +1,6 @@
 """What ComfyUI must know of each architecture besides its row in `ARCHITECTURES`: a row each in `HOSTS`."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import comfy.conds
 from comfy.model_base import ModelType
 from torch import Tensor
 
+from ...flowcore.shifts import default_shift
 from . import flux_conds, sequence_conds, tinyflux_conds, xut_conds
 from .model import FlowCoreModel, FluxModel
 from .network import (
@@ -40,6 +42,13 @@ def _nothing_unpacked(
 def shifted(shift: float = 1.0) -> Sampling:
     """Return straight paths with a multiplicative shift; below 1 steps are finer near the data."""
     return ModelType.FLOW, {"shift": shift, "multiplier": 1.0}
+
+
+def _flux_sampling(config: Any) -> Sampling:  # noqa: ANN401 - as `Host.sampling`
+    """Return ComfyUI's own kind for FLUX.1 dev, shifted as for 1024 pixels; schnell is not shifted."""
+    if not config.guidance_embed:
+        return shifted()
+    return ModelType.FLUX, {"shift": math.log(default_shift("flux", config))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +98,7 @@ HOSTS: Mapping[str, Host] = {
         stock_kinds={"double": "double_block", "single": "single_block"},
         token_side=lambda config: FluxNetwork.patch_size,  # noqa: ARG005
         memory=lambda config: 3.1 * config.hidden_size / 3072,  # what ComfyUI declares for FLUX.1
-        # As ComfyUI does for FLUX.1: dev is shifted by e^1.15, schnell is not.
-        sampling=lambda config: (ModelType.FLUX, {"shift": 1.15}) if config.guidance_embed else shifted(),
+        sampling=_flux_sampling,
         pack=flux_conds.pack,
         unpack=flux_conds.unpack,
         unet_config=flux_conds.unet_config,
@@ -100,7 +108,7 @@ HOSTS: Mapping[str, Host] = {
         stock_kinds={"double": "double_block", "single": "single_block"},
         token_side=lambda config: config.patch_size,
         memory=lambda config: 2.0 * config.hidden_size / 512,
-        sampling=lambda config: shifted(1 / 3),  # noqa: ARG005 - its own 3, in a time that runs the other way
+        sampling=lambda config: shifted(default_shift("tinyflux", config)),
         pack=tinyflux_conds.pack,
         unpack=tinyflux_conds.unpack,
     ),

@@ -1,8 +1,7 @@
 """A diffusion model file to ComfyUI's MODEL, through flowcore's own strict loading."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -14,12 +13,13 @@ from torch import Tensor
 from ...flowcore.errors import CheckpointError, ConfigError
 from ...flowcore.flux import Space, SpacePair
 from ...flowcore.flux.space import METADATA_KEY
+from ...flowcore.shifts import stated_shift
 from ...flowcore.vae.latent_spec import LatentSpec
 from ...flowcore.weights.checkpoint import LoadedModel
 from ...flowcore.weights.checkpoint import load_model as read_model
 from .hosts import HOSTS, SEQUENCES
 from .latent_formats import SequenceFormat, format_of
-from .model_config import SHIFT, FlowCoreConfig
+from .model_config import FlowCoreConfig
 
 logger = logging.getLogger("flowcore")
 _DTYPES = {
@@ -79,7 +79,7 @@ def _picture_config(loaded: LoadedModel, source: str) -> tuple[FlowCoreConfig, s
     latent_format = format_of(loaded.metadata, loaded.architecture.latent_spec, source)
     spec, text = latent_format.spec, loaded.architecture.text_shape(loaded.config)
     _check_channels(spec, loaded.architecture.latent_channels(loaded.config), source)
-    shift = _stated_shift(loaded.metadata, source)
+    shift = stated_shift(loaded.metadata, source)
     facts = (
         f"text states {'none' if text.width is None else f'{text.width} wide'}"
         f"{'' if text.pooled is None else f', pooled vector {text.pooled} wide'}; "
@@ -97,7 +97,7 @@ def _sequence_config(loaded: LoadedModel, source: str) -> tuple[FlowCoreConfig, 
             "-m training.sequences curves, or load a model of pictures with Load FlowCore Model"
         )
     spaces = SpacePair.from_metadata(loaded.metadata)
-    shift = _stated_shift(loaded.metadata, source)
+    shift = stated_shift(loaded.metadata, source)
     facts = f"from {_space_facts(spaces.condition)} to {_space_facts(spaces.data)}"
     latent_format = SequenceFormat(spaces)
     return FlowCoreConfig(loaded.architecture, loaded.config, latent_format, shift, SEQUENCES), facts
@@ -129,23 +129,6 @@ def _check_channels(spec: LatentSpec, channels: int, source: str) -> None:
             f"the latent space of {source} must have the model's {channels} channels, got {spec.name} with "
             f"{spec.channels}; write flowcore.latents_mean and flowcore.latents_std into its metadata"
         )
-
-
-def _stated_shift(metadata: Mapping[str, str], source: str) -> float | None:
-    """Return the shift of the noise levels that a file states, None if it states none.
-
-    Raises: CheckpointError if it is not a positive number.
-    """
-    text = metadata.get(SHIFT)
-    if text is None:
-        return None
-    try:
-        shift = float(text)
-    except ValueError:
-        shift = math.nan
-    if not 0 < shift < math.inf:
-        raise CheckpointError(f"{SHIFT} in {source} must be a positive number, got {text[:40]!r}")
-    return shift
 
 
 def _choose_dtype(

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ...flowcore.models import Architecture
+from ...flowcore.shifts import SHIFT
 from .hosts import HOSTS, Host, shifted
 from .latent_formats import FlowCoreLatentFormat, SequenceFormat
 from .model import FlowCoreModel
 
 METADATA_TENSOR = "flowcore_metadata"
-SHIFT = "flowcore.shift"
-"""Metadata of a model file: shift of the noise levels that its pictures are sampled with."""
 _LEAST_MEMORY = 0.25
 
 

@@ -63,7 +63,7 @@ def latents_of(pipeline: ExoPipeline, settings: ExoSettings, **options: object) 
 def test_files_of_exo_open_as_any_others(file: Path) -> None:
     opened = Pipeline.from_files(file, device="cpu")
     assert isinstance(opened, ExoPipeline)
-    assert (opened.default_size, opened.default_shift) == ((64, 48), 3.0)
+    assert (opened.default_size, opened.default_shift(64, 48)) == ((64, 48), 3.0)
     images = opened.generate(PROMPTS, [1, 2], Settings(num_steps=2))  # settings of no special kind
     assert [image.size for image in images] == [(64, 48)] * 2
 
