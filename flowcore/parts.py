@@ -1,5 +1,6 @@
 """The other parts of a pipeline that a model file names: autoencoder, text encoder, text mode."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -39,10 +40,19 @@ def text_sources(
     given: Source | Sequence[Source] | None, metadata: Mapping[str, str], model: Path
 ) -> str | list[str]:
     """Return where the text encoders are, one or several: the argument, else what the model file names."""
-    if given is None or isinstance(given, str | Path):
-        return part_source("text_encoder", given, metadata, model)
-    several = [str(source) for source in given]
-    return several[0] if len(several) == 1 else several
+    if given is not None and not isinstance(given, str | Path):
+        several = [str(source) for source in given]
+        return several[0] if len(several) == 1 else several
+    named = metadata.get("flowcore.text_encoder", "")
+    if given is None and named.startswith("["):
+        try:
+            names = [str(name) for name in json.loads(named)]
+        except ValueError as err:
+            raise CheckpointError(
+                f"flowcore.text_encoder in {model.name} must be a name or a JSON list, got {named[:60]}"
+            ) from err
+        return [part_source("text_encoder", None, {"flowcore.text_encoder": name}, model) for name in names]
+    return part_source("text_encoder", given, metadata, model)
 
 
 def stated_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +51,16 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
     Raises: ConfigError, CheckpointError, DataError, each naming the key or file; StoppedError.
     """
     architecture, model_config = prepare_model(config)
-    parts = {"vae": config.encoders.vae, "text": config.encoders.text}
+    parts = {"vae": [config.encoders.vae] if config.encoders.vae else [], "text": config.encoders.texts}
     if architecture.name == "exo":
         exo_parts.check_exo(config, model_config)
         del parts["text"]
-    for key, name in parts.items():
-        if name is None and config.model.preset != "tiny":
+    for key, names in parts.items():
+        if not names and config.model.preset != "tiny":
             raise ConfigError(f"encoders.{key} must be named for preset {config.model.preset!r}, got none")
-        if name not in (None, "pixels", "bytes"):
-            _resolve(f"encoders.{key}", str(name))
+        for name in names:
+            if name not in ("pixels", "bytes"):
+                _resolve(f"encoders.{key}", name)
     if config.model.weights is not None:
         read_weights(config, architecture, model_config)
     samples, rejects = scan(config.datasets, config.data, stop)
@@ -186,7 +188,7 @@ def build_objective(
         )
     else:
         captions = caption_encoder(
-            config.encoders.text, architecture.text_shape(prepared.model_config), device
+            config.encoders.texts, architecture.text_shape(prepared.model_config), device
         )
         data = encode_samples(prepared, images, captions, stop)
         objective = FlowMatchingObjective(
@@ -293,7 +295,7 @@ def save_weights(
         "flowcore.shift": str(sampling_shift(config)),
         **{
             f"flowcore.{part}": name
-            for part, name in (("vae", config.encoders.vae), ("text_encoder", config.encoders.text))
+            for part, name in (("vae", config.encoders.vae), ("text_encoder", _named(config.encoders.texts)))
             if name and not (part == "text_encoder" and architecture.name == "exo")
         },
         **images.facts,
@@ -305,3 +307,8 @@ def save_weights(
         save_model(path, cast, architecture=architecture, config=model_config, metadata=metadata)
     except CheckpointError as err:
         raise RunError(str(err)) from err
+
+
+def _named(texts: list[str]) -> str:
+    """Text encoders as metadata: a name, or several as a JSON list."""
+    return json.dumps(texts) if len(texts) > 1 else "".join(texts)

@@ -103,12 +103,18 @@ class Buckets(Strict):
 class Encoders(Strict):
     """VAE and text encoder: bundled name, folder or file; `pixels` and `bytes` need no weights.
 
-    For exo with a trunk by reference `text` is the trunk, a folder or a repository of Qwen3-VL; its presets
-    with a trunk of their own read bytes.
+    `text` is a list for models that read two, tokens and pooled vector, such as [t5, clip], and may name
+    tokenizers, too. For exo with a trunk by reference it is the trunk, a folder or a repository of Qwen3-VL;
+    its presets with a trunk of their own read bytes.
     """
 
     vae: str | None = None
-    text: str | None = None
+    text: str | Annotated[list[str], Field(min_length=1)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The text encoders, none if they are left out."""
+        return [self.text] if isinstance(self.text, str) else self.text or []
 
 
 class Data(Strict):

@@ -123,13 +123,13 @@ class FileImageEncoder:
 
 
 class FileCaptionEncoder:
-    """A text encoder from a file, a folder or a bundled name."""
+    """A text encoder, or two, from files, folders or bundled names."""
 
-    def __init__(self, name: str, text: TextShape, device: torch.device) -> None:
-        """Raises: CheckpointError, ConfigError if the file cannot be used, or not for the model."""
+    def __init__(self, names: Sequence[str], text: TextShape, device: torch.device) -> None:
+        """Raises: CheckpointError, ConfigError if a file cannot be used, or not for the model."""
         from flowcore.text.loading import load_text_encoder
 
-        self.encoder = load_text_encoder(name, shape=text, device=device)
+        self.encoder = load_text_encoder(names, shape=text, device=device)
         self.identity = self.encoder.identity
         self.length = text.length
 
@@ -155,14 +155,14 @@ def image_encoder(name: str | None, channels: int, spec: str, device: torch.devi
     return made
 
 
-def caption_encoder(name: str | None, text: TextShape, device: torch.device) -> CaptionEncoder:
-    """Encoder named by `encoders.text`; `bytes` if the name is left out.
+def caption_encoder(names: Sequence[str], text: TextShape, device: torch.device) -> CaptionEncoder:
+    """Encoder named by `encoders.text`; `bytes` if there is no name.
 
     Raises: ConfigError if it does not give what the model reads of a text.
     """
     if text.width is None:
         raise ConfigError("model.preset must be of a model that reads text, got one that reads none")
-    if name in (None, "bytes"):
+    if list(names) in ([], ["bytes"]):
         if text.pooled not in (None, text.width):
             raise ConfigError(
                 "encoders.text must name an encoder with a pooled vector of the model's width "
@@ -170,7 +170,7 @@ def caption_encoder(name: str | None, text: TextShape, device: torch.device) -> 
             )
         return ByteEncoder(text.width, text.length)
     try:
-        return FileCaptionEncoder(str(name), text, device)
+        return FileCaptionEncoder(names, text, device)
     except ConfigError as err:
         raise ConfigError(f"encoders.text: {err}") from err
 

@@ -25,12 +25,20 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
         )
 
 
+def _trunk_name(config: RunConfig) -> str | None:
+    """What `encoders.text` names. Raises: ConfigError if it names several."""
+    names = config.encoders.texts
+    if len(names) > 1:
+        raise ConfigError(f"encoders.text must name one trunk for exo, got {', '.join(names)}")
+    return names[0] if names else None
+
+
 def trunk_folder(config: RunConfig, model_config: ExoConfig) -> Path | None:
     """The folder of the trunk by reference that `encoders.text` names; None for an own trunk.
 
     Raises: ConfigError, CheckpointError.
     """
-    name = config.encoders.text
+    name = _trunk_name(config)
     if model_config.embeds_trunk:
         if name not in (None, "bytes"):
             raise ConfigError(
@@ -76,7 +84,7 @@ def read_prompts(config: RunConfig, model_config: ExoConfig) -> PromptReader:
 def exo_facts(config: RunConfig, model_config: ExoConfig) -> dict[str, str]:
     """Metadata of an Exo file: its format, its trunk, and the rank of its changes."""
     folder = trunk_folder(config, model_config)
-    facts = {"exo.format": FORMAT, "exo.trunk": json.dumps(trunk_reference(config.encoders.text, folder))}
+    facts = {"exo.format": FORMAT, "exo.trunk": json.dumps(trunk_reference(_trunk_name(config), folder))}
     if model_config.lora_rank:
         facts["exo.lora"] = json.dumps({"rank": model_config.lora_rank, "alpha": model_config.lora_alpha})
     return facts

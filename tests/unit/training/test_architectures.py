@@ -9,9 +9,10 @@ import torch
 
 from flowcore.flow import sigma_grid
 from flowcore.flow.solvers import euler
-from flowcore.models import ARCHITECTURES, Architecture
+from flowcore.models import ARCHITECTURES, Architecture, find_architecture
 from flowcore.pipeline import Pipeline, Settings
 from tests.tiny import CONFIG, TEXT, VAE, write_parts
+from tests.unit.text.small import write_folders
 from tests.unit.training.workspace import (
     assert_equal_runs,
     run,
@@ -93,6 +94,27 @@ def test_from_the_plan_to_a_continued_run_and_its_pictures(
     assert pipeline.default_size == (32, 32)
     assert (expected - expected.mean()).abs().max() > 0.01
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_model_that_reads_two_encoders(tmp_path: Path) -> None:
+    """Token states of a T5 and the vector of a CLIP; the model's file names both."""
+    row = find_architecture("tinyflux")
+    asked = sections(row, tmp_path)
+    texts = [str(path) for path in write_folders(tmp_path)]
+    widths = {"joint_attention_dim": 32, "pooled_projection_dim": 64, "pooled_from_text": False}
+    path = write_config(
+        tmp_path,
+        **{
+            **asked,
+            "model": {"arch": row.name, "overrides": widths},
+            "encoders": {"vae": str(tmp_path / VAE), "text": texts},
+            "train": {"steps": 1, "cond_dropout": 0.4},
+        },
+    )
+    assert run(path) == 0
+    pipeline = Pipeline.from_files(tmp_path / "runs" / "run" / "final" / "model.safetensors")
+    assert pipeline.sources["text_encoder"] == texts
+    assert (pipeline.text_encoder.width, pipeline.text_encoder.pooled_width) == (32, 64)
 
 
 @EVERY

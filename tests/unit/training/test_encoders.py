@@ -56,8 +56,8 @@ def shape(width: int, length: int, pooled: int | None = None, *, needs_pooled: b
 
 def test_the_built_in_encoders_are_the_default() -> None:
     assert image_encoder(None, 4, "sdxl", CPU).identity == image_encoder("pixels", 4, "sdxl", CPU).identity
-    six, seven = (caption_encoder("bytes", shape(8, length), CPU).identity for length in (6, 7))
-    assert caption_encoder(None, shape(8, 6), CPU).identity == six
+    six, seven = (caption_encoder(["bytes"], shape(8, length), CPU).identity for length in (6, 7))
+    assert caption_encoder([], shape(8, 6), CPU).identity == six
     assert seven != six
 
 
@@ -66,11 +66,11 @@ def test_encoders_from_files_must_fit_the_model(tmp_path: Path) -> None:
     vae, text = str(tmp_path / VAE), str(tmp_path / TEXT)
     images = image_encoder(vae, 4, "sdxl", CPU)
     assert images.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 2, 2)
-    assert caption_encoder(text, shape(24, 16), CPU).encode(["a red circle"]).context is not None
+    assert caption_encoder([text], shape(24, 16), CPU).encode(["a red circle"]).context is not None
     with pytest.raises(ConfigError, match=r"encoders\.vae: .*must have the model's 16 channels, got 4"):
         image_encoder(vae, 16, "sdxl", CPU)
     with pytest.raises(ConfigError, match=r"encoders\.text: .*the model's width 128, got 24"):
-        caption_encoder(text, shape(128, 16), CPU)
+        caption_encoder([text], shape(128, 16), CPU)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match=r"junk\.safetensors"):
         image_encoder(str(tmp_path / "junk.safetensors"), 4, "sdxl", CPU)
@@ -86,7 +86,7 @@ def test_other_weights_have_another_identity(tmp_path: Path) -> None:
 
 def test_texts_of_files_are_cut_to_the_length_of_the_model(tmp_path: Path) -> None:
     write_parts(tmp_path)
-    coded = caption_encoder(str(tmp_path / TEXT), shape(24, 3), CPU).encode(["a red circle", ""])
+    coded = caption_encoder([str(tmp_path / TEXT)], shape(24, 3), CPU).encode(["a red circle", ""])
     assert coded.context is not None
     assert coded.context_mask is not None
     assert coded.context.shape == (2, 3, 24)
@@ -96,18 +96,18 @@ def test_texts_of_files_are_cut_to_the_length_of_the_model(tmp_path: Path) -> No
 def test_a_pooled_vector_must_be_there_where_the_model_needs_it_and_fit(tmp_path: Path) -> None:
     write_parts(tmp_path)
     text = str(tmp_path / TEXT)
-    assert caption_encoder(text, shape(24, 16, 24), CPU).encode(["a"]).pooled is None
-    pooled = caption_encoder("bytes", shape(24, 16, 24, needs_pooled=True), CPU).encode(["a"]).pooled
+    assert caption_encoder([text], shape(24, 16, 24), CPU).encode(["a"]).pooled is None
+    pooled = caption_encoder(["bytes"], shape(24, 16, 24, needs_pooled=True), CPU).encode(["a"]).pooled
     assert pooled is not None
     assert pooled.shape == (1, 24)
     with pytest.raises(ConfigError, match=r"encoders\.text: .*CLIP text model of width 24"):
-        caption_encoder(text, shape(24, 16, 24, needs_pooled=True), CPU)
+        caption_encoder([text], shape(24, 16, 24, needs_pooled=True), CPU)
     with pytest.raises(
         ConfigError, match=r"encoders\.text must .*pooled vector of .*width 7, got bytes, which gives 24"
     ):
-        caption_encoder("bytes", shape(24, 16, 7), CPU)
+        caption_encoder(["bytes"], shape(24, 16, 7), CPU)
 
 
 def test_a_model_without_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="got one that reads none"):
-        caption_encoder("bytes", TextShape(width=None, length=8), CPU)
+        caption_encoder(["bytes"], TextShape(width=None, length=8), CPU)
