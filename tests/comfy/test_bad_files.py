@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from flowcore.models import exo, flux
 from flowcore.weights.checkpoint import save_model
 from tests.comfy.server import Server, ServerError
 from tests.comfy.standins import CONFIG, MODEL, TEXT, VAE, write_lora
+from tests.unit.weights.layouts import ARCHS, CASES, write
 
 pytestmark = pytest.mark.comfy
 Writer = Callable[[Path, Path], object]
@@ -103,8 +105,6 @@ def one_line(error: pytest.ExceptionInfo[ServerError]) -> str:
 def test_a_bad_model_is_named_in_one_sentence(
     server: Server, base: Path, prompt: dict[str, Any], name: str
 ) -> None:
-    import re
-
     server.run(prompt)
     outputs = {path: path.read_bytes() for path in (base / "output").rglob("*.png")}
     write, expected = MODELS[name]
@@ -148,6 +148,24 @@ def test_bad_text_encoders_and_vaes_are_named(server: Server, base: Path, prompt
         with pytest.raises(ServerError, match=expected) as error:
             server.run(bad)
         one_line(error)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("node", "label", "folder"), [("2", "clip_name", "text_encoders"), ("3", "vae_name", "vae")]
+)
+def test_a_model_in_the_place_of_another_part_is_named(
+    server: Server, base: Path, prompt: dict[str, Any], node: str, label: str, folder: str, arch: str
+) -> None:
+    path = base / "models" / folder / f"wrong_{arch}.safetensors"
+    write(next(case for case in CASES.values() if case.arch == arch), path)
+    prompt[node]["inputs"][label] = path.name
+    with pytest.raises(ServerError) as error:
+        server.run(prompt)
+    message = one_line(error)
+    assert path.name in message
+    assert f"a {arch} model" in message or f"got {arch}" in message
+    path.unlink()
 
 
 @pytest.mark.parametrize(
