@@ -185,7 +185,7 @@ def write_stamp(folder: Path, stamp: dict[str, Any]) -> None:
 
 
 def demo(_options: argparse.Namespace, more: list[str]) -> int:
-    """Draw scenes of the bundled demo model and print the judge's table."""
+    """Draw scenes with the bundled demo models and print the judge's table."""
     folder = environment_folder()
     python = ensure_environment(folder)
     install_package(folder, {"train"})
