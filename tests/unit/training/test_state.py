@@ -157,20 +157,20 @@ def test_all_damaged_is_an_error_that_names_them(tmp_path: Path) -> None:
     assert len(warnings) == 2
 
 
-def full_disk(tensors: object, path: Path) -> None:
-    del tensors
+def full_disk(tensors: object, path: Path, metadata: object) -> None:
+    del tensors, metadata
     path.write_bytes(b"half")
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def no_quota(tensors: object, path: Path) -> None:
-    del tensors
+def no_quota(tensors: object, path: Path, metadata: object) -> None:
+    del tensors, metadata
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
 
 
 @pytest.mark.parametrize("fault", [full_disk, no_quota])
 def test_a_failed_write_leaves_earlier_checkpoints_and_no_half_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[object, Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[object, Path, object], None]
 ) -> None:
     save(tmp_path, 2)
     monkeypatch.setattr(safetensors.torch, "save_file", fault)
