@@ -29,6 +29,22 @@ SPEC = LatentSpec(name="tiny", channels=4, downscale=8, mean=(0.1, 0.0, -0.1, 0.
 MODEL, VAE, TEXT = "model.safetensors", "vae.safetensors", "text.safetensors"
 
 
+def write_vae(path: Path, spec: LatentSpec) -> None:
+    """Write an autoencoder of a latent space."""
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(
+        {
+            "latent_channels": spec.channels,
+            "block_out_channels": [8, 8, 8, 8],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+        }
+    )
+    save_autoencoder(path, autoencoder, spec)
+
+
 def write_parts(folder: Path) -> Path:
     """Write model, autoencoder and text encoder; return the model's file, which names the others."""
     generator = torch.Generator().manual_seed(0)
@@ -38,18 +54,7 @@ def write_parts(folder: Path) -> Path:
             nn.init.normal_(parameter, std=0.2, generator=generator)
     metadata = {"flowcore.vae": VAE, "flowcore.text_encoder": TEXT, "modelspec.resolution": "32x24"}
     save_model(folder / MODEL, model.state_dict(), architecture="xut", config=CONFIG, metadata=metadata)
-    torch.manual_seed(0)
-    autoencoder = build_autoencoder(
-        {
-            "latent_channels": 4,
-            "block_out_channels": [8, 8, 8, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-        }
-    )
-    save_autoencoder(folder / VAE, autoencoder, SPEC)
+    write_vae(folder / VAE, SPEC)
     tokenizer = build_word_tokenizer(WORDS)
     text = build_text_model(
         {

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
-from flowcore.vae.autoencoder import build_autoencoder, save_autoencoder
 from flowcore.vae.latent_spec import LatentSpec
 from flowcore.weights.exo import save_exo
+from tests import tiny
 from tests.exo_recomputed import random_exo
 
 SPEC = LatentSpec(name="tiny16", channels=16, downscale=8, mean=(0.1,) * 16, std=(1.5,) * 16)
@@ -15,18 +13,7 @@ MODEL, VAE = "exo.safetensors", "vae.safetensors"
 
 def write_vae(folder: Path) -> Path:
     """Write an autoencoder of 16 channels; return its file."""
-    torch.manual_seed(0)
-    autoencoder = build_autoencoder(
-        {
-            "latent_channels": 16,
-            "block_out_channels": [8, 8, 8, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-        }
-    )
-    save_autoencoder(folder / VAE, autoencoder, SPEC)
+    tiny.write_vae(folder / VAE, SPEC)
     return folder / VAE
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..conditioning import Conditioning, TextShape
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, settings_fit
 from .encoder import NetworkTextEncoder
 from .files import TextFiles, plain_settings
 from .tokens import pad_rows, token_row
@@ -87,13 +87,10 @@ def build_network(
     """
     if settings.get("model_type") == "clip":
         settings = plain_settings(settings.get("text_config") or {})
-    try:
+    with settings_fit(source, "CLIP"):
         config = CLIPTextConfig(**{key: value for key, value in settings.items() if key != "model_type"})
         with torch.device(device):
             model: Any = CLIPTextModel(config)
-    except Exception as err:  # the check behind it has error classes that differ between its versions
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"settings of {source} must fit CLIP, got {reason}") from err
     inner: nn.Module = getattr(model, "text_model", model)  # transformers before 5 wraps it
     return inner
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
 from ..conditioning import Conditioning, TextShape
-from ..errors import ConfigError
+from ..errors import settings_fit
 from .encoder import NetworkTextEncoder, token_id
 from .files import TextFiles, plain_settings, read_text_files, write_text_file
 from .pooling import pool_states
@@ -80,11 +80,8 @@ def build_text_model(
 
     Raises: ConfigError if a setting does not fit.
     """
-    try:
+    with settings_fit("the text encoder", "Gemma-3"):
         settings = config if isinstance(config, Gemma3TextConfig) else Gemma3TextConfig(**config)
-    except Exception as err:  # the check behind it has error classes that differ between its versions
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"settings of the text encoder must fit Gemma-3, got {reason}") from err
     with torch.device(device):
         model = Gemma3TextModel(settings)
     return model.to(dtype=dtype) if dtype is not None else model

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..conditioning import Conditioning, TextShape
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, settings_fit
 from ..lazy import LazyTensors, renamed
 from .encoder import NetworkTextEncoder
 from .files import TextFiles
@@ -92,13 +92,10 @@ def build_network(
 
     Raises: ConfigError if a setting does not fit.
     """
-    try:
+    with settings_fit(source, "T5"):
         config = T5Config(**{key: value for key, value in settings.items() if key != "model_type"})
         with torch.device(device):
             return T5EncoderModel(config)
-    except Exception as err:  # the check behind it has error classes that differ between its versions
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"settings of {source} must fit T5, got {reason}") from err
 
 
 def infer_settings(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
 
 from ..conditioning import Conditioning, TextShape
-from ..errors import ConfigError
+from ..errors import ConfigError, settings_fit
 from ..weights.strict import assign_strict
 from .encoder import NetworkTextEncoder, token_id
 from .files import TextFiles, plain_settings, write_text_file
@@ -96,11 +96,8 @@ def build_network(config: Mapping[str, Any], *, source: str, device: torch.devic
             f"transformers must be 5 or newer for T5Gemma2, got {transformers_version}; "
             "run: pip install -U transformers"
         ) from err
-    try:
+    with settings_fit(source, "T5Gemma2"):
         typed = T5Gemma2TextConfig(**settings)
-    except Exception as err:  # the check behind it has error classes that differ between its versions
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"settings of {source} must fit T5Gemma2, got {reason}") from err
     typed.dropout_rate = (
         0.0  # which only the settings of encoder and decoder together have; nothing trains here
     )

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import ConfigError, ShapeError
+from ...errors import ConfigError, ShapeError, settings_fit
 from ...layers.attention import AttentionFn
 from ...ops import Runtime
 from .lora import LowRank, TrunkLora, project
@@ -79,16 +79,12 @@ def build_trunk(
             "transformers must be 5 or newer for Exo, got one without Qwen3-VL; "
             "run: pip install -U transformers"
         ) from err
-    try:
+    with settings_fit("the trunk", "Qwen3-VL"):
         settings = Qwen3VLConfig(
             **{key: dict(v) if isinstance(v, Mapping) else v for key, v in config.items()}
         )
         with torch.device(device or "cpu"):
             trunk: nn.Module = Qwen3VLModel(settings)
-    except Exception as err:  # the check behind it has error classes that differ between its versions
-        raise ConfigError(
-            f"settings of the trunk must fit Qwen3-VL, got {' '.join(str(err).split())}"
-        ) from err
     for name, module in list(trunk.named_modules()):
         if "rotary" in name.rsplit(".", 1)[-1]:
             table: Any = module
