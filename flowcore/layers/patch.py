@@ -27,3 +27,23 @@ def unpatchify(tokens: Tensor, rows: int, columns: int, patch_size: int) -> Tens
         p=patch_size,
         q=patch_size,
     )
+
+
+def cells_to_tokens(cells: Tensor, size: tuple[int, int], patch_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Return tokens `b (rows columns) (p q c)` of a grid's cells `b (h w) c`, and their rows and columns.
+
+    size: (h, w), grown to multiples of patch_size = p = q as in `pad_to_multiple`.
+    """
+    if patch_size == 1:
+        return cells, size
+    grid = pad_to_multiple(rearrange(cells, "b (h w) c -> b c h w", h=size[0]), patch_size)
+    tokens = rearrange(grid, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    return tokens, (grid.shape[2] // patch_size, grid.shape[3] // patch_size)
+
+
+def tokens_to_cells(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], patch_size: int) -> Tensor:
+    """Return the cells `b (h w) c` of tokens, the inverse of `cells_to_tokens`; grid: rows and columns."""
+    if patch_size == 1:
+        return tokens
+    latents = unpatchify(tokens, *grid, patch_size)[..., : size[0], : size[1]]
+    return rearrange(latents, "b c h w -> b (h w) c")

@@ -20,8 +20,8 @@ _DEFAULT_AXES = (16, 56, 56)
 class TinyFluxConfig:
     """Everything that decides the parameters and the arithmetic of a TinyFlux model; defaults are 4.2's.
 
-    axes_dims_rope: channels of a head that turn with each axis of the positions. lune_dropout: inside the
-    predictor, in training. sol_geometric_weight: start of the gate between formula and prediction. freeze_*:
+    patch_size: latent cells a side of a token, 1 in published models. axes_dims_rope: channels of a head that
+    turn with each axis of the positions. lune_dropout: inside the predictor, in training. sol_geometric_weight: start of the gate between formula and prediction. freeze_*:
     leaves a predictor out of training. guidance_embeds: the embedder of versions up to 4.1. sol_qk_scale: the
     layer that published files own and no forward uses. pooled_from_text: without a pooled vector the mean of
     the text tokens stands in, for text encoders that give none.
@@ -58,8 +58,6 @@ class TinyFluxConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.patch_size != 1:
-            raise ConfigError(f"patch_size must be 1, got {self.patch_size}; a token is one latent cell")
         if self.num_attention_heads * self.attention_head_dim != self.hidden_size:
             raise ConfigError(
                 "hidden_size must be num_attention_heads * attention_head_dim = "
@@ -82,6 +80,11 @@ class TinyFluxConfig:
                 f"pooled_projection_dim must be joint_attention_dim = {self.joint_attention_dim} with "
                 f"pooled_from_text, got {self.pooled_projection_dim}"
             )
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in a token of the image."""
+        return self.in_channels * self.patch_size**2
 
     @property
     def mlp_dim(self) -> int:
@@ -108,6 +111,7 @@ _AT_LEAST_ONE = (
     "num_attention_heads",
     "attention_head_dim",
     "in_channels",
+    "patch_size",
     "joint_attention_dim",
     "pooled_projection_dim",
     "num_double_layers",
@@ -141,14 +145,15 @@ PRESETS: Mapping[str, TinyFluxConfig] = {
         pooled_from_text=True,
     ),
     "demo": TinyFluxConfig(
-        hidden_size=96,
-        num_attention_heads=2,
-        attention_head_dim=48,
+        hidden_size=128,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        patch_size=2,
         joint_attention_dim=128,
         pooled_projection_dim=128,
-        num_double_layers=1,
-        num_single_layers=3,
-        axes_dims_rope=(16, 16, 16),
+        num_double_layers=2,
+        num_single_layers=4,
+        axes_dims_rope=(8, 12, 12),
         lune_expert_dim=128,
         lune_hidden_dim=64,
         lune_dropout=0.0,
@@ -221,8 +226,8 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     """Return the configuration that tensors with bare TinyFlux names have.
 
     Shapes decide whatever they can. `flowcore.config` of the metadata, which may also hold the config.json
-    of any version, is asked for the rest: dropout, starting values, what is frozen, `pooled_from_text`, and
-    the position axes of files without frequencies.
+    of any version, is asked for the rest: dropout, starting values, what is frozen, `pooled_from_text`,
+    `patch_size`, and the position axes of files without frequencies.
     Raises: CheckpointError if a tensor that is needed is missing or has a shape no TinyFlux model has, and
         for version 1, whose arithmetic is another one.
     """
@@ -237,7 +242,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
 def read_config(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> TinyFluxConfig:
     """Return the configuration of tensors of any version; `stored` fields hold where shapes do not tell."""
     reader = TensorReader(tensors, "tinyflux")
-    hidden_size, in_channels = reader.shape("img_in.weight", axes=2)
+    hidden_size, token_dim = reader.shape("img_in.weight", axes=2)
     axes = _axes(reader, stored)
     heads = hidden_size // sum(axes)
     _check_heads(reader, heads)
@@ -246,7 +251,7 @@ def read_config(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Tin
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
         "attention_head_dim": sum(axes),
-        "in_channels": in_channels,
+        "in_channels": _channels(token_dim, stored.get("patch_size", 1)),
         "joint_attention_dim": reader.shape("txt_in.weight", axes=2)[1],
         "pooled_projection_dim": reader.shape("vector_in.1.weight", axes=2)[1],
         "num_double_layers": 1 + max(reader.indices("double_blocks.")),
@@ -291,6 +296,16 @@ def _check_heads(reader: TensorReader, heads: int) -> None:
             f"double_blocks.0.attn.spatial_to_mod.weight must have a row for each of {heads} heads, got "
             f"{rows}; without rope.freqs_* the metadata must state axes_dims_rope"
         )
+
+
+def _channels(token_dim: int, patch_size: object) -> int:
+    """Return the channels of a latent cell in tokens of token_dim numbers."""
+    if not (isinstance(patch_size, int) and patch_size > 0 and token_dim % patch_size**2 == 0):
+        raise CheckpointError(
+            f"img_in.weight must take in_channels * patch_size^2 numbers, got {token_dim} with patch_size "
+            f"{patch_size!r}; correct patch_size in metadata flowcore.config"
+        )
+    return token_dim // patch_size**2
 
 
 def _mlp_ratio(mlp_dim: int, hidden_size: int, stated: float) -> float:

@@ -1,6 +1,6 @@
 """TinyFlux, a small two-stream transformer with two built-in predictors of teacher features.
 
-    latents, a token a cell ---------------------+
+    latents -------------------------------------+
     text tokens ---------------------------------+-> [ double blocks ] -> [ single blocks ] -> velocity
     time, pooled text -+-> condition of all blocks        ^                    ^
                        +-> Lune: added to the condition   |                    |
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...layers.norm import RMSNorm, at_use
+from ...layers.patch import cells_to_tokens, tokens_to_cells
 from ...layers.pooling import masked_mean
 from ...layers.precision import no_autocast
 from ...layers.rope import Rotation
@@ -58,21 +59,23 @@ Info: TypeAlias = dict[str, dict[str, Any] | None]
 
 
 class TinyFlux(nn.Module):
-    """Predicts the velocity data - noise of tokens; time runs from 0 = noise to 1 = data.
+    """Predicts the velocity data - noise of latent cells; time runs from 0 = noise to 1 = data.
 
     Arguments of the call:
-        hidden_states: tokens `b n c`, a latent cell each, row by row. Their dtype is that of the blocks.
+        hidden_states: latent cells `b n c`, row by row, of which patch_size x patch_size make a token. Their
+            dtype is that of the blocks.
         encoder_hidden_states: text `b m k`. Published models count padding as text: no context_mask.
         pooled_projections: `b k`; None only in a model with `pooled_from_text`.
         timestep: `b` in [0, 1], float32 whatever the dtype of hidden_states.
-        img_ids: positions (0, row, column) `n 3`, or `b n 3` of which the first counts; None = a grid.
+        img_ids: positions (0, row, column) of the image's tokens `k 3`, or `b k 3` of which the first counts;
+            None = a grid.
         txt_ids: positions of the text, likewise; None = all zero. Only single blocks turn text.
         guidance: `b`, for models of old that embed it.
         lune_features: the teacher's `b k` in the place of Lune's prediction; training only.
         sol_stats: the teacher's `b 3` in the place of Sol's prediction, likewise.
         sol_spatial: the teacher's map `b s s`, likewise.
         return_expert_pred: return the velocity and what the predictors said.
-        size: (rows, columns) of the image; None = a square, as in the original.
+        size: (rows, columns) of the cells; None = a square, as in the original.
         context_mask: `b m` boolean, True = real token; None attends to every row.
         use: which predictors act, and which samples have a teacher's values.
         generator: source of Lune's dropout in training.
@@ -92,7 +95,7 @@ class TinyFlux(nn.Module):
         self.config = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.hidden_size
-        self.img_in = ops.float_linear(config.in_channels, dim, **where)
+        self.img_in = ops.float_linear(config.token_dim, dim, **where)
         self.txt_in = ops.float_linear(config.joint_attention_dim, dim, **where)
         self.time_in = TimestepEmbedding(dim, ops=ops, **where)
         self.vector_in = nn.Sequential(
@@ -117,7 +120,7 @@ class TinyFlux(nn.Module):
             SingleBlock(config, ops=ops, **where) for _ in range(config.num_single_layers)
         )
         self.final_norm = RMSNorm(dim, device)
-        self.final_linear = ops.float_linear(dim, config.in_channels, **where)
+        self.final_linear = ops.float_linear(dim, config.token_dim, **where)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -153,12 +156,12 @@ class TinyFlux(nn.Module):
         generator: torch.Generator | None = None,
         runtime: Runtime = DEFAULT_RUNTIME,
     ) -> Tensor | tuple[Tensor, Info]:
-        """Return the velocity data - noise `b n c` of noised tokens, in the dtype of hidden_states.
+        """Return the velocity data - noise `b n c` of noised cells, in the dtype of hidden_states.
 
         Arguments are described with the class.
         Raises: ShapeError if an input has the wrong shape or the model has no part for it.
         """
-        grid = check_size(size, hidden_states.shape[1])
+        cells = check_size(size, hidden_states.shape[1])
         text = Text(encoder_hidden_states, pooled_projections, context_mask)
         taught = TeacherValues(lune_features, sol_stats, sol_spatial)
         check_inputs(self.config, hidden_states, text, timestep, guidance)
@@ -167,6 +170,7 @@ class TinyFlux(nn.Module):
         with no_autocast(hidden_states.device):
             vector, lune, sol = self._steering(text, times, guidance, taught, use, generator)
         num_text = encoder_hidden_states.shape[1]
+        image, grid = cells_to_tokens(hidden_states, cells, self.config.patch_size)
         double_turn, single_turn = self._turns(grid, num_text, img_ids, txt_ids, hidden_states.device)
         signals = Signals(
             num_text=num_text,
@@ -174,14 +178,15 @@ class TinyFlux(nn.Module):
             condition=functional.silu(vector)[:, None],
             double_turn=double_turn,
             single_turn=single_turn,
-            bias=None if context_mask is None else _key_mask(context_mask, hidden_states.shape[1]),
+            bias=None if context_mask is None else _key_mask(context_mask, image.shape[1]),
             importance=None if sol is None else importance_grid(sol, *grid),
             inverse_temperature=None if sol is None else inverse_temperature(sol),
         )
-        x = torch.cat((self.txt_in(text.tokens), self.img_in(hidden_states)), dim=1).float()  # b (m + n) d
+        x = torch.cat((self.txt_in(text.tokens), self.img_in(image)), dim=1).float()  # b (m + n) d
         x = _run_blocks("double", self.double_blocks, x, signals, runtime)
         x = _run_blocks("single", self.single_blocks, x, signals, runtime)
-        velocity = self.final_linear(self.final_norm(x[:, num_text:])).to(hidden_states.dtype)  # b n c
+        velocity = self.final_linear(self.final_norm(x[:, num_text:])).to(hidden_states.dtype)  # b k (p q c)
+        velocity = tokens_to_cells(velocity, grid, cells, self.config.patch_size)  # b n c
         return (velocity, _info(lune, sol)) if return_expert_pred else velocity
 
     def _steering(

@@ -58,6 +58,12 @@ def test_ratio_is_the_stated_one_if_it_gives_the_width() -> None:
     assert infer_config(tensors, stated({"mlp_ratio": 4.0})).mlp_dim == config.mlp_dim
 
 
+def test_a_token_that_does_not_divide_is_named() -> None:
+    for wrong in (3, 0, "2"):
+        with pytest.raises(CheckpointError, match=rf"got 4 with patch_size {wrong!r}"):
+            infer_config(tensors_of(CONFIG), stated({"patch_size": wrong}))
+
+
 def test_shapes_win_over_metadata() -> None:
     wrong = {**CONFIG.to_dict(), "hidden_size": 64, "use_sol_prior": False, "lune_hidden_dim": 99}
     assert infer_config(tensors_of(CONFIG), stated(wrong)) == CONFIG
@@ -71,7 +77,7 @@ def test_shapes_win_over_metadata() -> None:
         ({"axes_dims_rope": (5, 5, 6)}, "axes_dims_rope must be three even sizes, got [5, 5, 6]"),
         ({"axes_dims_rope": (8, 8)}, "axes_dims_rope must be three even sizes, got [8, 8]"),
         ({"num_double_layers": 0}, "num_double_layers must be at least 1, got 0"),
-        ({"patch_size": 2}, "patch_size must be 1, got 2"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"lune_dropout": 1.0}, "lune_dropout must be in [0, 1), got 1.0"),
         ({"sol_geometric_weight": 1.5}, "sol_geometric_weight must be in [0, 1], got 1.5"),
         ({"pooled_from_text": True}, "pooled_projection_dim must be joint_attention_dim = 12"),

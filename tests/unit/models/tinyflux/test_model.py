@@ -22,7 +22,7 @@ from tests.unit.models.tinyflux.small import BARE, CONFIG, SIZE, inputs, random_
     [
         ("tinyflux-deep", 245_347_234, 683),
         ("tinyflux-deep-v3", 243_884_817, 579),
-        ("demo", 898_120, 109),
+        ("demo", 2_377_434, 143),
         ("tiny", 320_680, 97),
     ],
 )
@@ -145,6 +145,23 @@ def test_size_is_only_needed_for_images_that_are_no_square() -> None:
         model(**wide)
     with pytest.raises(ShapeError, match="size must give the number of tokens 12, got 3 x 5"):
         model(**wide, size=(3, 5))
+
+
+@torch.no_grad()
+def test_a_token_may_be_a_square_of_cells() -> None:
+    """The padded row of an odd grid is the picture's start again; what it says is cut off."""
+    model, given = random_model(replace(CONFIG, patch_size=2)), inputs(size=(3, 4))
+    assert model.img_in.weight.shape[1] == 16
+    seen: list[torch.Size] = []
+    handle = model.img_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    result = model(**given)
+    handle.remove()
+    assert seen == [(2, 4, 16)]
+    assert result.shape == (2, 12, 4)
+    grid = given["hidden_states"].unflatten(1, (3, 4))
+    whole = torch.cat((grid, grid[:, :1]), dim=1).flatten(1, 2)
+    expected = model(**given | {"hidden_states": whole, "size": (4, 4)})
+    assert_close(result, expected[:, :12], limit=FORWARD_LIMIT)
 
 
 @torch.no_grad()
