@@ -20,11 +20,12 @@ _DEFAULT_AXES = (16, 56, 56)
 class TinyFluxConfig:
     """Everything that decides the parameters and the arithmetic of a TinyFlux model; defaults are 4.2's.
 
-    patch_size: latent cells a side of a token, 1 in published models. axes_dims_rope: channels of a head that
-    turn with each axis of the positions. lune_dropout: inside the predictor, in training. sol_geometric_weight: start of the gate between formula and prediction. freeze_*:
-    leaves a predictor out of training. guidance_embeds: the embedder of versions up to 4.1. sol_qk_scale: the
-    layer that published files own and no forward uses. pooled_from_text: without a pooled vector the mean of
-    the text tokens stands in, for text encoders that give none.
+    patch_size: latent cells a side of a token, 1 in published models. axes_dims_rope: channels of a head
+    that turn with each axis of the positions. lune_dropout: inside the predictor, in training.
+    sol_geometric_weight: start of the gate between formula and prediction. freeze_*: leaves a predictor out
+    of training. guidance_embeds: the embedder of versions up to 4.1. sol_qk_scale: the layer that published
+    files own and no forward uses. pooled_from_text: without a pooled vector the mean of the text tokens
+    stands in, for text encoders that give none.
     """
 
     hidden_size: int = 512
