@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .command_line import DONE, FAILED, UNUSABLE, Command, Parser
+from .command_line import DONE, FAILED, UNUSABLE, Command, Parser, short_warnings
 from .commands import COMMANDS
 from .errors import FlowCoreError
 
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: Command, options: argparse.Namespace) -> int:
     """Return the exit code of a command; errors become one line, unless --debug asks for the traceback."""
     try:
-        return command(options)
+        with short_warnings():
+            return command(options)
     except KeyboardInterrupt:
         return fail("interrupted", FAILED)
     except (FlowCoreError, OSError, RuntimeError) as err:

@@ -23,6 +23,10 @@ class ShapeError(FlowCoreError):
     """A tensor handed to a public function has the wrong axes, size, or type."""
 
 
+class FlowCoreWarning(UserWarning):
+    """A setting does what it says, though not what a user may hope for; one line, as of errors."""
+
+
 @contextlib.contextmanager
 def settings_fit(what: str, kind: str) -> Iterator[None]:
     """Turn whatever transformers raises on settings into a ConfigError: `settings of <what> must fit <kind>`.

@@ -259,14 +259,16 @@ def result_names(config: RunConfig) -> tuple[str, ...]:
     return ("final/model.safetensors", *(("final/ema.safetensors",) if config.ema.decay else ()))
 
 
-def write_final(run: Run, folder: Path, prepared: Prepared) -> None:
+def write_final(run: Run, folder: Path) -> None:
     """Writes `final/model.safetensors`, and `ema.safetensors` if the run keeps an average."""
+    config = run.config
+    assert isinstance(config, RunConfig)
     final = folder / "final"
     final.mkdir(exist_ok=True)
-    save_weights(run.module.state_dict(), final / "model.safetensors", prepared.config)
+    save_weights(run.module.state_dict(), final / "model.safetensors", config, step=run.step)
     if run.ema:
         average = {**run.module.state_dict(), **run.ema.average}
-        save_weights(average, final / "ema.safetensors", prepared.config)
+        save_weights(average, final / "ema.safetensors", config, step=run.step)
 
 
 def save_weights(
@@ -274,13 +276,15 @@ def save_weights(
     path: Path,
     config: RunConfig,
     *,
+    step: int,
     dtype: str | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes weights in `output.dtype` (or `dtype`) under their original names, with what their users need.
 
-    That is: sizes, resolution, shift of the sampled noise levels, latent space, VAE and text encoder. `facts`
-    are further metadata. Tables that a model derives for itself are left out.
+    That is: sizes, resolution, shift of the sampled noise levels, latent space, VAE and text encoder; of exo
+    its parts, too, and the training up to `step`. `facts` are further metadata. Tables that a model derives
+    for itself are left out.
     Raises: RunError if the file cannot be written.
     """
     architecture, model_config = prepare_model(config)
@@ -299,9 +303,10 @@ def save_weights(
             if name and not (part == "text_encoder" and architecture.name == "exo")
         },
         **images.facts,
-        **(exo_parts.exo_facts(config, model_config) if architecture.name == "exo" else {}),
         **(facts or {}),
     }
+    if architecture.name == "exo":
+        metadata = {**exo_parts.exo_facts(config, model_config, step, metadata), **metadata}
     cast = {name: state[name].to(kind) for name in names}
     try:
         save_model(path, cast, architecture=architecture, config=model_config, metadata=metadata)

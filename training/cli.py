@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from flowcore.command_line import short_warnings
 from flowcore.errors import FlowCoreError
 from training.files import FULL_DISK, RunError
 from training.stop import StoppedError
@@ -20,7 +21,8 @@ MAX_LINE = 490
 def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Exit code of a command; a user's error becomes one line, after its traceback with `--debug`."""
     try:
-        return command(arguments)
+        with short_warnings():
+            return command(arguments)
     except (StoppedError, KeyboardInterrupt):
         return STOPPED
     except (FlowCoreError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as err:

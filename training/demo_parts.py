@@ -266,13 +266,15 @@ def make_model(request: Request, stop: StopFlag) -> bool:
         return build_objective(prepared, device, stop, judge_images)
 
     def finish(run: Run, folder: Path) -> None:
-        write_final(run, folder, prepared)
+        write_final(run, folder)
+        trained = run.config
+        assert isinstance(trained, RunConfig)
         average = {**run.module.state_dict(), **(run.ema.average if run.ema else {})}
         facts = training_facts(run, folder) | {"flowcore.vae": VAE_NAME}
         if reads_text:
             facts["flowcore.text_encoder"] = TEXT_NAME
         target = request.out / f"{request.arch}-demo" / "model.safetensors"
-        save_weights(average, target, prepared.config, dtype="bfloat16", facts=facts)
+        save_weights(average, target, trained, step=run.step, dtype="bfloat16", facts=facts)
 
     return start(prepared.config, request, build, finish, stop)
 

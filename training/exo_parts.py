@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from flowcore.errors import CheckpointError, ConfigError
+from flowcore.exo.facts import TRAINING, VAE, describe_training, describe_vae
 from flowcore.exo.loading import byte_tokenizer, prompt_reader
 from flowcore.models.exo import Exo, ExoConfig
 from flowcore.text.qwen3_vl import ChatTokenizer, PromptReader, Tokenizer
 from flowcore.weights.exo import FORMAT, find_folder, load_trunk, trunk_reference
 from training.config import RunConfig
 from training.loop import DTYPES
+from training.stages import stage_at, stages_of
 
 
 def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
@@ -81,10 +84,29 @@ def read_prompts(config: RunConfig, model_config: ExoConfig) -> PromptReader:
     return prompt_reader(model_config, tokenizer)
 
 
-def exo_facts(config: RunConfig, model_config: ExoConfig) -> dict[str, str]:
-    """Metadata of an Exo file: its format, its trunk, and the rank of its changes."""
+def exo_facts(
+    config: RunConfig, model_config: ExoConfig, step: int, stated: Mapping[str, str]
+) -> dict[str, str]:
+    """Metadata of an Exo file: its format, its trunk, the rank of its changes, its autoencoder, its training.
+
+    stated: what the file says besides, among it the autoencoder and its latent space, if it has one.
+    """
     folder = trunk_folder(config, model_config)
-    facts = {"exo.format": FORMAT, "exo.trunk": json.dumps(trunk_reference(_trunk_name(config), folder))}
+    stages = stages_of(config)
+    stage = stages[stage_at(stages, max(step - 1, 0))]
+    trained = stage.config.train.exo
+    facts = {
+        "exo.format": FORMAT,
+        "exo.trunk": json.dumps(trunk_reference(_trunk_name(config), folder)),
+        TRAINING: describe_training(
+            stage=stage.name or trained.task,
+            step=step,
+            data=[Path(dataset.path).name for dataset in config.datasets],
+            iterations=trained.iterations,
+        ),
+    }
     if model_config.lora_rank:
         facts["exo.lora"] = json.dumps({"rank": model_config.lora_rank, "alpha": model_config.lora_alpha})
+    if "flowcore.latent_spec" in stated:
+        facts[VAE] = describe_vae(stated["flowcore.latent_spec"], stated["flowcore.vae"])
     return facts

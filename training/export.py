@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.ema and config.ema.decay is None:
         raise ConfigError(f"{arguments.run}: --ema needs a run with ema.decay, this one keeps no average")
     step, state = read_weights(arguments.run, arguments.step, use_average=arguments.ema)
-    save_weights(state, arguments.out, config, dtype=arguments.dtype)
+    save_weights(state, arguments.out, config, step=step, dtype=arguments.dtype)
     sys.stdout.write(f"{arguments.out}: step {step}\n")
     return DONE
 

@@ -75,11 +75,8 @@ def start(prepared: Prepared, stop: StopFlag, resume: str) -> bool:
     def begin(run: Run, folder: Path) -> None:
         write_rejects(run, folder, prepared)
 
-    def finish(run: Run, folder: Path) -> None:
-        write_final(run, folder, prepared)
-
     results = result_names(prepared.config)
-    return launch(prepared.config, build, finish, stop, resume, begin=begin, results=results)
+    return launch(prepared.config, build, write_final, stop, resume, begin=begin, results=results)
 
 
 if __name__ == "__main__":

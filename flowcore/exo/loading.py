@@ -1,6 +1,5 @@
 """From an Exo file to a pipeline: its trunk, what reads its prompts, its autoencoder."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import cast
 
 import torch
 
+from ..assets import list_builtin
 from ..devices import find_dtype
 from ..errors import CheckpointError, ConfigError
 from ..models.exo import Exo, ExoConfig
@@ -17,6 +17,7 @@ from ..text.qwen3_vl import ByteTokenizer, ChatTokenizer, PromptReader, Tokenize
 from ..weights.checkpoint import LoadedModel
 from ..weights.exo import attach_trunk, find_folder, load_trunk, trunk_folder
 from ..weights.placement import move
+from .facts import stated_vae
 from .offload import check_offload, place
 from .quantized import QUANTIZED, quantize
 
@@ -85,21 +86,20 @@ def _place_trunk(model: Exo, options: TrunkOptions, device: torch.device, dtype:
 def vae_source(
     given: Source | None, metadata: Mapping[str, str], model: Path, *, may_download: bool = False
 ) -> str:
-    """Return where the autoencoder is: the argument, else what the file names, as a file or as a repository.
+    """Return where the autoencoder is: the argument, else what the file names.
 
+    That is a name for any part, or as Exo's own: beside the file, a path, a bundled name, or a repository.
     Raises: CheckpointError if it is nowhere.
     """
-    stated = metadata.get("exo.vae")
-    if given is not None or "flowcore.vae" in metadata or stated is None:
+    place = stated_vae(metadata, model.name)
+    if given is not None or "flowcore.vae" in metadata or place is None:
         return part_source("vae", given, metadata, model)
-    try:
-        place = json.loads(stated)
-        repo, subfolder = str(place["repo"]), str(place.get("subfolder") or "")
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(
-            f"exo.vae in {model.name} must be JSON with a repo, got {stated[:60]!r}"
-        ) from err
-    return str(find_folder(repo, may_download=may_download, what="VAE") / subfolder)
+    for root in (model.parent / place.repo, Path(place.repo)):
+        if (root / place.subfolder).exists():
+            return str(root / place.subfolder)
+    if place.repo in list_builtin():
+        return place.repo
+    return str(find_folder(place.repo, may_download=may_download, what="VAE") / place.subfolder)
 
 
 def _own_tokenizer(model: Exo, trunk: Source | None, path: Path) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Prompt and picture to picture with Exo: the trunk reads them once, steps refine, masks say what changed."""
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
-from ..errors import ConfigError
+from ..errors import ConfigError, FlowCoreWarning
 from ..flow.guidance import guided_pair
 from ..flow.masking import restore_kept
 from ..flow.path import VelocityFn
@@ -30,6 +31,7 @@ from ..settings import Settings, check_request, whole_size
 from ..text.qwen3_vl import PromptReader
 from ..vae.tiling import tiling_of
 from ..weights.checkpoint import LoadedModel
+from .facts import trained_iterations
 from .loading import TrunkOptions, give_trunk, vae_source
 from .masks import preserving
 from .offload import brought, decoder_layers, streamed
@@ -173,6 +175,7 @@ class ExoPipeline(Pipeline):
             mask: white where the initial images are replaced; resized to the size.
             callback: told of every step.
 
+        Warns of more iterations than the model was trained with.
         Raises: ConfigError that names the setting.
         """
         first = init_images[0] if init_images else None
@@ -186,6 +189,7 @@ class ExoPipeline(Pipeline):
             raise ConfigError(
                 f"preserve must be 0 without an initial image, got {sized.preserve}; pass init_image (--init)"
             )
+        self._warn_of_iterations(sized.iterations)
         trace = Trace(self.device)
         pictures = None
         if init_images is not None:
@@ -201,6 +205,17 @@ class ExoPipeline(Pipeline):
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             add_settings(image, {"prompt": prompt, "seed": seed, **self.describe(sized)})
         return [Refined(image=image, info=info) for image, info in zip(images, infos, strict=True)]
+
+    def _warn_of_iterations(self, iterations: int) -> None:
+        source = Path(str(self.sources["model"])).name
+        most = trained_iterations(self.model.metadata, source)[1]
+        if iterations > most:
+            warnings.warn(
+                f"iterations should be at most {most}, as in the training of {source}, got {iterations}; "
+                "pictures and masks get worse beyond",
+                FlowCoreWarning,
+                stacklevel=3,
+            )
 
     @torch.inference_mode()
     def sample_refined(

@@ -61,6 +61,20 @@ def test_an_edit_its_mask_and_settings_that_reproduce_both(
     assert (pixels(out), pixels(mask)) == first
 
 
+def test_one_line_warns_of_iterations_beyond_the_training(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", tmp_path / "out.png", "--steps", 1, "--count", 5, "--quiet", "--iterations"]
+    for count, expected in ((4, 0), (6, 1)):
+        assert cli(PROMPT, "--model", model, *options, count) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert len(lines) == expected  # two batches
+    assert lines == [
+        "warning: iterations should be at most 4, as in the training of exo.safetensors, got 6; "
+        "pictures and masks get worse beyond"
+    ]
+
+
 def test_defaults_are_those_of_exo(model: Path, picture_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     options = ["--steps", 2, "--count", 2, "--quiet", "--mask-out", tmp_path / "m.png"]

@@ -21,7 +21,13 @@ def test_the_autoencoder_that_a_file_names(tmp_path: Path, monkeypatch: pytest.M
     assert vae_source(None, stated, model) == str(tmp_path / "vae")
     assert vae_source("mine", stated, model) == "mine"
     assert vae_source(None, {**stated, "flowcore.vae": "scenes-vae"}, model) == "scenes-vae"
-    for text in ("{", "[]", "{}"):
+    (tmp_path / "near.safetensors").touch()
+    for name, expected in (
+        ("scenes-vae", "scenes-vae"),
+        ("near.safetensors", str(tmp_path / "near.safetensors")),
+    ):
+        assert vae_source(None, {"exo.vae": json.dumps({"repo": name})}, model) == expected
+    for text in ("{", "[]", "{}", '{"repo": ""}'):
         with pytest.raises(CheckpointError, match=r"exo\.vae in exo\.safetensors must be JSON with a repo"):
             vae_source(None, {"exo.vae": text}, model)
     with pytest.raises(CheckpointError, match=r"the VAE no/where must be a folder, or a repository .*cache"):

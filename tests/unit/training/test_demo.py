@@ -1,5 +1,6 @@
 """The demo's parts in a few steps: what each run writes, and what the second run of the autoencoder keeps."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,10 @@ def test_exo_learns_from_scenes_and_edits_in_its_stages(tmp_path: Path) -> None:
     with safe_open(tmp_path / "exo-demo" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["flowcore.vae"] == "scenes-vae"
+    assert json.loads(metadata["exo.vae"]) == {"family": "tiny", "repo": "scenes-vae", "subfolder": ""}
+    assert json.loads(metadata["exo.training"]) == {
+        "stage": "joint", "step": 3, "data": ["one", "two", "edits"], "iterations": [1, 4],
+    }  # fmt: skip
     assert metadata["flowcore.shift"] == "3.0"
     assert "flowcore.text_encoder" not in metadata
     assert float(metadata["flowcore.train_flops"]) > 1e6

@@ -24,6 +24,7 @@ from tests.unit.training.workspace import (
 )
 from training.assemble import prepare_model
 from training.config import RunConfig, load_config
+from training.export import main as export
 from training.state import read_checkpoint
 
 CONFIGS = ROOT / "training" / "configs"
@@ -121,6 +122,14 @@ def tiny(folder: Path, name: str, *assignments: str) -> list[str]:
     return [str(CONFIGS / f"{name}_tiny.yaml"), *settings(*paths, *plain, *assignments)]
 
 
+def told_training(file: Path) -> dict[str, Any]:
+    """What a file says of its training; trained on pixels, it names no autoencoder."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert "exo.vae" not in metadata
+    return dict(json.loads(metadata["exo.training"]))
+
+
 def test_the_stages_change_what_the_recipe_says_and_no_bit_besides(tmp_path: Path) -> None:
     trunk = write_trunk(tmp_path / "trunk")
     reference = [
@@ -132,6 +141,15 @@ def test_the_stages_change_what_the_recipe_says_and_no_bit_besides(tmp_path: Pat
     before = load_trunk(trunk).state_dict()
     arguments = tiny(tmp_path, "exo", *reference)
     assert run(Path(arguments[0]), *arguments[1:]) == 0
+    final = tmp_path / "runs" / "exo_tiny" / "final" / "model.safetensors"
+    assert told_training(final) == {
+        "stage": "joint_lora", "step": 9, "data": ["images"], "iterations": [1, 4],
+    }  # fmt: skip
+    early = tmp_path / "early.safetensors"
+    assert export([str(tmp_path / "runs" / "exo_tiny"), str(early), "--step", "3"]) == 0
+    assert {**told_training(early), "data": None} == {
+        "stage": "projector", "step": 3, "data": None, "iterations": [1, 1],
+    }  # fmt: skip
     found = states(tmp_path / "runs" / "exo_tiny")
     facts = {
         step: read_checkpoint(tmp_path / f"runs/exo_tiny/checkpoints/step-{step:08d}").facts for step in found
