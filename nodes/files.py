@@ -8,6 +8,9 @@ import folder_paths
 from ..flowcore.assets import builtin, list_builtin
 from ..flowcore.errors import CheckpointError
 
+_PLAIN_PYTHON = ("exo-demo",)
+"""Bundled models that have no place in a graph yet."""
+
 
 class Kind(Enum):
     """What a file holds; the value is ComfyUI's model folder for it."""
@@ -59,8 +62,8 @@ def fingerprint(kind: Kind, shown: str) -> str:
 
 
 def _bundled() -> dict[str, str]:
-    """Return the shown name of every bundled weight file, to its own name."""
-    return {f"flowcore-{name}.safetensors": name for name in list_builtin()}
+    """Return the shown name of every bundled weight file that a graph can use, to its own name."""
+    return {f"flowcore-{name}.safetensors": name for name in list_builtin() if name not in _PLAIN_PYTHON}
 
 
 def _kind_of(name: str) -> Kind:

@@ -87,6 +87,7 @@ def test_bundled_files_come_first_in_the_loaders(object_info: dict[str, Any]) ->
         bundled = [name for name in names if name.startswith("flowcore-")]
         assert names[: len(bundled)] == bundled
         assert own in names
+        assert not any(name.startswith("flowcore-exo") for name in names)
     assert all(not name.startswith("flowcore-") for name in list_builtin())
 
 

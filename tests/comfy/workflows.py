@@ -213,8 +213,8 @@ def _note(name: str) -> str:
 
 
 def demo_architectures() -> list[str]:
-    """The architectures whose demo models are bundled."""
-    return [name.removesuffix("-demo") for name in list_builtin() if name.endswith("-demo")]
+    """The architectures of graphs whose demo models are bundled."""
+    return [architecture for architecture in FACTS if f"{architecture}-demo" in list_builtin()]
 
 
 def bundled() -> dict[str, Workflow]:
