@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.bench.cases import IMAGE, IMAGE_GUIDED, KINDS, Case, suite
 from tests.bench.references import REFERENCES
-from tests.bench.running import BenchError, Measured, Row, measure
+from tests.bench.running import BenchError, Measured, measure
 
 ALLOWED = 1.15
 """What a forward of the smoke suite may take, relative to its stored value."""
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         measured.append(one)
         done.append(case)
-        print(describe(one.row), flush=True)
+        print(describe(one), flush=True)
     if args.store:
         store({one.row.arch: one.relative for one in measured})
     finish(measured, args.json)
@@ -164,17 +164,20 @@ def store(values: dict[str, float]) -> None:
 
 HEADER = (
     f"{'architecture':14}{'what':24}{'size':72}{'dtype':10}{'batch':>5}{'seconds':>10}{'GFLOP/s':>9}"
-    f"{'share':>7}{'peak MiB':>10}{'original s':>11}{'ratio':>7}{'verdict':>9}"
+    f"{'share':>7}{'peak MiB':>10}{'original s':>11}{'original MiB':>13}"
+    f"{'ratio':>7}{'verdict':>9}"
 )
 
 
-def describe(row: Row) -> str:
+def describe(measured: Measured) -> str:
     """One line of the table under HEADER."""
+    row = measured.row
     verdict = {None: "", True: "ok", False: "slower"}[row.ok]
     return (
         f"{row.arch:14}{row.what:24}{row.size:72}{row.dtype:10}{row.batch:>5}{row.seconds:>10.3f}"
         f"{number(row.gflops, 1):>9}{number(row.share, 2):>7}{row.peak_mib:>10.0f}"
-        f"{number(row.reference_seconds, 3):>11}{number(row.ratio, 2):>7}{verdict:>9}"
+        f"{number(row.reference_seconds, 3):>11}{number(measured.reference_peak_mib, 0):>13}"
+        f"{number(row.ratio, 2):>7}{verdict:>9}"
     )
 
 

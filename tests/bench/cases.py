@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 LOAD, FORWARD, TRAIN, SAMPLE = "load", "forward", "train step", "sample 20 steps guided"
+BACKWARD = "forward and backward"
+"""A train step without its optimizer, for the memory of the activations."""
 CHECKPOINTED = "train step checkpointed"
 """As TRAIN, with every block computed again in the backward pass."""
 IMAGE, IMAGE_GUIDED = "image 20 steps", "image 20 steps guided"
 """From prompt to pixels, as exo's pipeline goes: the prompt read once, 4 refinements a step, decoded."""
-KINDS = (LOAD, FORWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED)
+KINDS = (LOAD, FORWARD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED)
 
 PRODUCT_SIDE = 1024
 PRODUCT_FLOP = 2 * PRODUCT_SIDE**3
@@ -119,7 +121,7 @@ def suite(name: str) -> tuple[Case, ...]:
         *(replace(case, what=LOAD, batch=1) for case in (*SIZES, FORWARDS[-1])),
         *SIZES,
         *FORWARDS,
-        *(replace(case, what=what) for case in SIZES for what in (TRAIN, CHECKPOINTED)),
+        *(replace(case, what=what) for case in SIZES for what in (BACKWARD, TRAIN, CHECKPOINTED)),
         *(replace(case, what=SAMPLE) for case in (SIZES if name == "gpu" else sampled)),
         *(replace(IMAGES[name], what=what) for what in (IMAGE, IMAGE_GUIDED)),
     ]

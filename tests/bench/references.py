@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.bench.cases import CHECKPOINTED, FORWARD, LOAD, SAMPLE, TRAIN
+from tests.bench.cases import BACKWARD, CHECKPOINTED, FORWARD, LOAD, SAMPLE, TRAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Reference:
     arch: str
     adapter: str
     python: Callable[[], str] = lambda: sys.executable
-    rows: tuple[str, ...] = (LOAD, FORWARD, TRAIN, CHECKPOINTED, SAMPLE)
+    rows: tuple[str, ...] = (LOAD, FORWARD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE)
 
 
 REFERENCES: dict[str, Reference] = {

@@ -46,11 +46,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A row, the speed of the matrix product beside it, and the row's time in units of that product's."""
+    """A row, and what its file has no field for.
+
+    peak_gflops: of the matrix product beside it. relative: the row's time in units of that product's.
+    reference_peak_mib: memory of the original.
+    """
 
     row: Row
     peak_gflops: float
     relative: float
+    reference_peak_mib: float | None = None
 
 
 class Worker:
@@ -154,4 +159,9 @@ def measure(case: Case, *, device: str, repeats: int, reference: tuple[str, str]
     )
     # Least of both: on a busy machine, what the two suffer from shared caches differs from moment to moment.
     relative = min(answer["seconds"] for answer in own) / min(answer["product_seconds"] for answer in own)
-    return Measured(row=row, peak_gflops=peak_gflops, relative=relative)
+    return Measured(
+        row=row,
+        peak_gflops=peak_gflops,
+        relative=relative,
+        reference_peak_mib=answers[-1][1]["peak_mib"] if reference else None,
+    )

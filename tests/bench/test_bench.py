@@ -9,7 +9,19 @@ import torch
 from torch.nn import functional
 
 from tests.bench import __main__ as command
-from tests.bench.cases import CHECKPOINTED, IMAGE, IMAGE_GUIDED, LOAD, SAMPLE, SMOKE, TRAIN, Case, Job, suite
+from tests.bench.cases import (
+    BACKWARD,
+    CHECKPOINTED,
+    IMAGE,
+    IMAGE_GUIDED,
+    LOAD,
+    SAMPLE,
+    SMOKE,
+    TRAIN,
+    Case,
+    Job,
+    suite,
+)
 from tests.bench.measure import count_gflop
 from tests.bench.references import REFERENCES
 from tests.bench.running import BenchError, Measured, Row, measure
@@ -189,7 +201,7 @@ def test_operations_are_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["forward", LOAD, TRAIN, CHECKPOINTED, SAMPLE])
+@pytest.mark.parametrize("what", ["forward", LOAD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE])
 def test_a_row_beside_an_original(tmp_path: Path, what: str) -> None:
     (tmp_path / "model.py").write_text(ORIGINAL)
     case = replace(SMALL, what=what)
@@ -202,6 +214,8 @@ def test_a_row_beside_an_original(tmp_path: Path, what: str) -> None:
     assert row.ratio is not None
     assert row.ratio > 0
     assert 50 < row.peak_mib < 4000
+    assert result.reference_peak_mib is not None
+    assert 50 < result.reference_peak_mib < 4000
     assert result.relative > 0
     if what == LOAD:
         assert row.gflops is None

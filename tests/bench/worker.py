@@ -19,7 +19,7 @@ from torch.nn import functional
 from flowcore.flow.guidance import guided_pair
 from flowcore.flow.schedule import sigma_grid
 from flowcore.flow.solvers import euler
-from tests.bench.cases import FORWARD, IMAGE, IMAGE_GUIDED, LOAD, SAMPLE, Job
+from tests.bench.cases import BACKWARD, FORWARD, IMAGE, IMAGE_GUIDED, LOAD, SAMPLE, Job
 from tests.bench.exo_image import image_work
 from tests.bench.measure import count_gflop, peak_mib, reset_peak, square_product, timed
 from tests.bench.subjects import Inputs, Subject, inputs_of, own_subject, reference_subject
@@ -45,7 +45,7 @@ def work_of(job: Job, folder: Path) -> Callable[[], object]:
     module = subject.build()
     if case.what in (FORWARD, SAMPLE):
         return (sampling if case.what == SAMPLE else forward)(subject, module.eval(), inputs)
-    return training(subject, module.train(), inputs)
+    return training(subject, module.train(), inputs, has_optimizer=case.what != BACKWARD)
 
 
 def loading(subject: Subject, path: Path) -> Callable[[], object]:
@@ -81,14 +81,17 @@ def sampling(subject: Subject, module: torch.nn.Module, inputs: Inputs) -> Calla
     return run
 
 
-def training(subject: Subject, module: torch.nn.Module, inputs: Inputs) -> Callable[[], object]:
-    """Forward, mean squared error, backward, and a step of AdamW."""
+def training(
+    subject: Subject, module: torch.nn.Module, inputs: Inputs, *, has_optimizer: bool
+) -> Callable[[], object]:
+    """Forward, mean squared error, backward, and a step of AdamW if there is one."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
 
     def run() -> object:
         output = subject.call(module, inputs.latents, inputs.sigma, inputs.conditioning)
         functional.mse_loss(output.float(), torch.zeros_like(output, dtype=torch.float32)).backward()
-        optimizer.step()
+        if has_optimizer:
+            optimizer.step()
         return optimizer.zero_grad()
 
     return run
