@@ -12,7 +12,11 @@ CHECKPOINTED = "train step checkpointed"
 """As TRAIN, with every block computed again in the backward pass."""
 IMAGE, IMAGE_GUIDED = "image 20 steps", "image 20 steps guided"
 """From prompt to pixels, as exo's pipeline goes: the prompt read once, 4 refinements a step, decoded."""
-KINDS = (LOAD, FORWARD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED)
+READ, SUFFIX = "weights read", "suffix, one layer"
+ALL_TOKENS, HEAD_BLOCK = "all tokens, one layer", "head block"
+"""One layer of exo: as many bytes as its weights; an iteration's suffix; prompt and suffix; the head."""
+LAYERS = (READ, SUFFIX, ALL_TOKENS, HEAD_BLOCK)
+KINDS = (LOAD, FORWARD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED, *LAYERS)
 
 PRODUCT_SIDE = 1024
 PRODUCT_FLOP = 2 * PRODUCT_SIDE**3
@@ -65,7 +69,7 @@ SIZES = (
     Case(arch="tinyflux", preset="tinyflux-deep", shape=(32, 32), text=128),
     Case(arch="single_stream", preset="v3-384", shape=(56, 56), text=128, batch=2),
 )
-# Further sizes of which only a forward is measured; exo trains and samples by loops of its own.
+# Further sizes of which only a forward is measured.
 FORWARDS = (
     Case(arch="xut", preset="xut-small", shape=(32, 32), text=64),
     Case(  # a pair of FLUX.1's blocks at 1024 px
@@ -83,6 +87,9 @@ IMAGES = {
     "gpu": Case(arch="exo", preset="8b", shape=(64, 64), text=320),
     "cpu": Case(arch="exo", preset="demo", shape=(16, 16), text=64),
 }
+# Exo's training, and one layer of the large one.
+EXO_TRAINED = Case(arch="exo", preset="demo", shape=(16, 16), text=24, batch=8)
+EXO_LAYER = Case(arch="exo", preset="8b", shape=(32, 32), text=320, dtype="bfloat16")
 # The large models' widths in fewer blocks and tokens: two minutes in all, and yet the matrices take the time.
 SMOKE = (
     Case(arch="xut", preset="xut-small", overrides={"depth": 1}, shape=(24, 24), text=64),
@@ -121,8 +128,13 @@ def suite(name: str) -> tuple[Case, ...]:
         *(replace(case, what=LOAD, batch=1) for case in (*SIZES, FORWARDS[-1])),
         *SIZES,
         *FORWARDS,
-        *(replace(case, what=what) for case in SIZES for what in (BACKWARD, TRAIN, CHECKPOINTED)),
+        *(
+            replace(case, what=what)
+            for case in (*SIZES, EXO_TRAINED)
+            for what in (BACKWARD, TRAIN, CHECKPOINTED)
+        ),
         *(replace(case, what=SAMPLE) for case in (SIZES if name == "gpu" else sampled)),
         *(replace(IMAGES[name], what=what) for what in (IMAGE, IMAGE_GUIDED)),
+        *(replace(EXO_LAYER, what=what) for what in LAYERS),
     ]
     return tuple(replace(case, dtype="bfloat16") for case in rows) if name == "gpu" else tuple(rows)

@@ -86,7 +86,7 @@ def own_subject(case: Case, device: str) -> Subject:
 
     def call(module: nn.Module, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         options: dict[str, Any] = {"runtime": runtime}
-        if module.training:
+        if module.training and case.arch != "exo":
             options["generator"] = torch.Generator().manual_seed(0)  # of dropout
         return architecture.velocity(module.forward, latents, sigma, conditioning, **options)
 
