@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from training.data.encoded import EncodedSamples
 from training.data.folder import scan
 from training.data.sample import Reject, Sample
 from training.encoders import CaptionEncoder, ImageEncoder, caption_encoder, image_encoder
-from training.files import RunError, write_atomic
+from training.files import RunError, rename, save_tensors, write_atomic, write_failure
 from training.loop import DTYPES, Run
 from training.objectives.exo import ExoObjective
 from training.objectives.flow_matching import FlowMatchingObjective, Judge, Recipe
@@ -64,11 +65,11 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
     if config.model.weights is not None:
         read_weights(config, architecture, model_config)
     samples, rejects = scan(config.datasets, config.data, stop)
-    edit = next((sample for sample in samples if sample.source), None)
+    edit = next((sample for sample in samples if sample.is_edit), None)
     if edit and architecture.name != "exo":
         raise ConfigError(
             f"datasets must hold no source pictures for {architecture.name}, which does not see them, got "
-            f"{edit.source}; use exo or leave them out"
+            f"{edit.source or edit.path}; use exo or leave them out"
         )
     config = resolve_length(config, len(samples))
     settings = config.buckets
@@ -252,6 +253,25 @@ def write_rejects(run: Run, folder: Path, prepared: Prepared) -> None:
     writer.writerow(["file", "reason"])
     writer.writerows([str(r.path), r.reason] for r in [*prepared.rejects, *objective.data.rejects])
     write_atomic(folder / "rejects.csv", text.getvalue())
+
+
+def write_first_batch(run: Run, folder: Path) -> None:
+    """Writes data and conditions of the first batch to `batch.safetensors`, if the run is to.
+
+    Raises: RunError if the write fails.
+    """
+    config, objective, target = run.config, run.objective, folder / "batch.safetensors"
+    assert isinstance(config, RunConfig)
+    assert isinstance(objective, FlowMatchingObjective)
+    if not config.logging.export_batch or target.exists():
+        return
+    aside = folder / f".tmp-{os.getpid()}-{target.name}"
+    try:
+        save_tensors(objective.batch_tensors(0), aside)
+        rename(aside, target)
+    except OSError as err:
+        aside.unlink(missing_ok=True)
+        raise write_failure(err, target) from err
 
 
 def result_names(config: RunConfig) -> tuple[str, ...]:

@@ -69,9 +69,13 @@ class Model(Strict):
 
 
 class Dataset(Strict):
-    """One folder of images, each with a caption file of the same name; or of `training.trajectories`."""
+    """One folder of images, each with a caption file of the same name; or of encoded samples.
 
-    kind: Literal["folder", "trajectories"] = "folder"
+    kind: `trajectories` are made by `training.trajectories`; `latents` are safetensors files, one a sample,
+    with the tensors of `batch.safetensors` without the batch axis.
+    """
+
+    kind: Literal["folder", "trajectories", "latents"] = "folder"
     path: str
     caption_extension: str = Field(".txt", pattern=r"^\.\w+$")
     repeats: int = Field(1, ge=1)
@@ -122,6 +126,10 @@ class Data(Strict):
 
     on_error: Literal["stop", "skip"] = "stop"
     missing_caption: Literal["stop", "skip", "empty"] = "stop"
+
+    def skips(self, setting: Literal["on_error", "missing_caption"]) -> bool:
+        """Whether a sample is left out for what a setting is about."""
+        return {"on_error": self.on_error, "missing_caption": self.missing_caption}[setting] == "skip"
 
 
 class Cache(Strict):
@@ -215,6 +223,15 @@ class Logging(Strict):
     data_order: bool = False
 
 
+class RunLogging(Logging):
+    """The same of a model's run.
+
+    export_batch: whether the first batch is written, data and conditions alone, as `batch.safetensors`.
+    """
+
+    export_batch: bool = False
+
+
 class LoopConfig(Strict):
     """What every run has, whatever it trains."""
 
@@ -254,6 +271,7 @@ class RunConfig(LoopConfig):
     encoders: Encoders = Encoders()
     data: Data = Data()
     cache: Cache = Cache()
+    logging: RunLogging = RunLogging()
 
     @model_validator(mode="after")
     def _stages_are_valid(self) -> RunConfig:

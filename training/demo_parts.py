@@ -147,7 +147,15 @@ def _save_vae(
     save_autoencoder(request.out / VAE_NAME / "model.safetensors", module, spec, metadata=facts)
 
 
-def start(config: LoopConfig, request: Request, build: Builder, finish: Finisher, stop: StopFlag) -> bool:
+def start(
+    config: LoopConfig,
+    request: Request,
+    build: Builder,
+    finish: Finisher,
+    stop: StopFlag,
+    *,
+    begin: Finisher | None = None,
+) -> bool:
     """Starts or continues a part's run; with `--minutes` a new run gets as many steps as fit into them.
 
     A run that has begun keeps the number of steps it was started with.
@@ -170,7 +178,7 @@ def start(config: LoopConfig, request: Request, build: Builder, finish: Finisher
             objective.recipes = recipes_of(fitted)  # whose stages may begin elsewhere
         return objective
 
-    return launch(fitted, build_fitted, finish, stop)
+    return launch(fitted, build_fitted, finish, stop, begin=begin)
 
 
 def lengths_within(seconds: float, config: LoopConfig, objective: Objective) -> list[int]:
@@ -247,7 +255,7 @@ def _gemma_settings(options: dict[str, float], vocab_size: int) -> dict[str, Any
 
 def make_model(request: Request, stop: StopFlag) -> bool:
     """Trains the demo's flow model and writes its averaged weights to `out/<arch>-demo/`."""
-    from training.assemble import build_objective, prepare, save_weights, write_final
+    from training.assemble import build_objective, prepare, save_weights, write_final, write_first_batch
     from training.scenes import captions_held_out
 
     reads_text = request.arch != "exo"  # whose trunk does
@@ -276,7 +284,7 @@ def make_model(request: Request, stop: StopFlag) -> bool:
         target = request.out / f"{request.arch}-demo" / "model.safetensors"
         save_weights(average, target, trained, step=run.step, dtype="bfloat16", facts=facts)
 
-    return start(prepared.config, request, build, finish, stop)
+    return start(prepared.config, request, build, finish, stop, begin=write_first_batch)
 
 
 def training_facts(run: Run, folder: Path) -> dict[str, str]:

@@ -21,7 +21,13 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
     """Raises: ConfigError, CheckpointError if the trunk or a stage's task do not fit the model's sizes."""
     trunk_folder(config, model_config)
     tables = [config, *(config.stage(number) for number in range(len(config.train.stages)))]
-    if not model_config.embeds_trunk and any(table.train.exo.task == "language" for table in tables):
+    is_language = any(table.train.exo.task == "language" for table in tables)
+    if is_language and any(dataset.kind == "latents" for dataset in config.datasets):
+        raise ConfigError(
+            "train.exo.task must be velocity or projector with a dataset of kind latents, which has no "
+            "captions, got language"
+        )
+    if is_language and not model_config.embeds_trunk:
         raise ConfigError(
             f"train.exo.task must be velocity or projector for preset {config.model.preset!r}, whose trunk "
             "is by reference, got language"

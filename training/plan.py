@@ -12,10 +12,10 @@ from flowcore.conditioning import Conditioning
 from flowcore.models.exo import Exo
 from flowcore.models.exo.trunk import build_trunk
 from flowcore.ops import DEFAULT_RUNTIME, Runtime, run_checkpointed
-from flowcore.vae.latent_spec import LATENT_SPECS
 from training.assemble import Prepared
-from training.config import CELL, LoopConfig, RunConfig
+from training.config import LoopConfig, RunConfig
 from training.data.buckets import Bucket, crop_and_zoom
+from training.data.latents import latent_cell
 from training.loop import DTYPES
 from training.optim import plan_groups
 from training.stages import stages_of, trained_names
@@ -108,8 +108,7 @@ def _activations(module: nn.Module, prepared: Prepared, config: LoopConfig, buck
     model_config = prepared.model_config
     batch = config.train.micro_batch_size or config.train.batch_size
     channels = prepared.architecture.latent_channels(model_config)
-    flux2 = LATENT_SPECS["flux2"]
-    cell = flux2.downscale if channels == flux2.channels else CELL
+    cell = latent_cell(channels)
     height, width = bucket.height // cell, bucket.width // cell
     latents = torch.empty(batch, channels, height, width, device="meta")
     conditioning = _conditioning(prepared, batch, width, height)

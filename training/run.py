@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def start(prepared: Prepared, stop: StopFlag, resume: str) -> bool:
     """Trains to the last step; False if a stop came first."""
-    from training.assemble import build_objective, result_names, write_final, write_rejects
+    from training.assemble import build_objective, result_names, write_final, write_first_batch, write_rejects
     from training.launch import launch
 
     def build(device: torch.device, stop: StopFlag) -> FlowMatchingObjective:
@@ -74,6 +74,7 @@ def start(prepared: Prepared, stop: StopFlag, resume: str) -> bool:
 
     def begin(run: Run, folder: Path) -> None:
         write_rejects(run, folder, prepared)
+        write_first_batch(run, folder)
 
     results = result_names(prepared.config)
     return launch(prepared.config, build, write_final, stop, resume, begin=begin, results=results)

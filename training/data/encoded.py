@@ -13,8 +13,9 @@ from flowcore.conditioning import Conditioning
 from training.data.buckets import Bucket
 from training.data.cache import Encoded, TensorCache, content_key
 from training.data.images import load_image
-from training.data.sample import DataError, Reject, Sample, SampleError
-from training.data.trajectories import check_space, draw_start, read_stored
+from training.data.sample import LATENTS, SOURCE_LATENTS, DataError, Reject, Sample, SampleError
+from training.data.stored import StoredFiles, check_channels, check_told, without_padding
+from training.data.trajectories import check_space, draw_start
 from training.encoders import CaptionEncoder, ImageEncoder
 from training.stop import StopFlag
 
@@ -66,6 +67,7 @@ class EncodedSamples:
         self.rejects: list[Reject] = []
         self._image_keys: list[str] = []
         self._source_keys: list[str] = []
+        self._told: dict[int, Encoded] = {}
         work = list(zip(samples, buckets, strict=True))
         self._encode_images([item for item in work if not item[0].stored], image_encoder)
         self._take_stored([item for item in work if item[0].stored], image_encoder)
@@ -77,6 +79,8 @@ class EncodedSamples:
             texts = folder and folder / f"text-{caption_encoder.identity}-{dtype}"
             self._texts = TensorCache(texts, stop)
             self._encode_captions(caption_encoder)
+            for number, told in self._told.items():
+                check_told(self.samples[number].path, told, self._text(number, is_dropped=True))
 
     def latents(self, numbers: Sequence[int]) -> Tensor:
         """Latents `b c h w`, float32, of samples of one bucket."""
@@ -94,12 +98,15 @@ class EncodedSamples:
             return torch.randn(shape, generator=draw)
         return draw_start(stored.noise_seed, shape)
 
-    def conditioning(self, captions: Sequence[str]) -> Conditioning:
-        """Token states of captions of this set (or the empty one), padded to the longest, with their mask.
+    def conditioning(self, numbers: Sequence[int], dropped: Sequence[bool] | None = None) -> Conditioning:
+        """Token states of the captions of samples, padded to the longest, with their mask.
 
-        And their pooled vectors, if the encoder gives some.
+        And their pooled vectors, if there are some. dropped: which samples get the empty caption instead.
         """
-        texts = [self._texts.entries[self._text_keys[caption]] for caption in captions]
+        is_dropped = dropped or [False] * len(numbers)
+        texts = [
+            self._text(number, is_dropped=drop) for number, drop in zip(numbers, is_dropped, strict=True)
+        ]
         lengths = torch.tensor([len(text["context"]) for text in texts])
         states = [text["context"].float() for text in texts]
         context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
@@ -108,6 +115,15 @@ class EncodedSamples:
             context_mask=torch.arange(context.shape[1]) < lengths[:, None],
             pooled=torch.stack([text["pooled"].float() for text in texts]) if "pooled" in texts[0] else None,
         )
+
+    def told(self, number: int) -> Encoded:
+        """What the file of a sample that `is_told` holds besides latents, without padding."""
+        return self._told[number]
+
+    def _text(self, number: int, *, is_dropped: bool) -> Encoded:
+        if number in self._told and not is_dropped:
+            return self._told[number]
+        return self._texts.entries[self._text_keys["" if is_dropped else self.samples[number].caption]]
 
     def _stacked(self, keys: Sequence[str]) -> Tensor:
         return torch.stack([self._latents.entries[key]["latents"] for key in keys]).float()
@@ -145,17 +161,31 @@ class EncodedSamples:
                 self.rejects.append(faults[0])
 
     def _take_stored(self, work: list[tuple[Sample, Bucket]], encoder: ImageEncoder) -> None:
-        """Latents that samples have already, mapped from their files."""
+        """Latents that samples have already, and what lies with them, from their files."""
         for path, space in {s.path.parent: s.stored.space for s, _ in work if s.stored}.items():
-            check_space(space, encoder, path)
-        found = read_stored(sample for sample, _ in work)
+            if space is not None:
+                check_space(space, encoder, path)
+        files = StoredFiles()
         for sample, bucket in work:
+            try:
+                tensors = files.read(sample)
+            except SampleError as err:
+                if not self._is_lenient:
+                    raise
+                self.rejects.append(Reject(err.path, err.reason))
+                continue
+            check_channels(sample, tensors[LATENTS], encoder.channels)
             key = f"{sample.path}:{sample.key}"
-            self._latents.entries[key] = {"latents": found[sample]}
+            self._latents.entries[key] = {LATENTS: tensors.pop(LATENTS)}
+            source = tensors.pop(SOURCE_LATENTS, None)
+            if source is not None:
+                self._latents.entries[f"{key}:source"] = {LATENTS: source}
+            if sample.is_told:
+                self._told[len(self.samples)] = without_padding(tensors)
             self.samples.append(sample)
             self.buckets.append(bucket)
             self._image_keys.append(key)
-            self._source_keys.append(key)
+            self._source_keys.append(key if source is None else f"{key}:source")
 
     def _image_keys_of(
         self, pictures: list[tuple[Path, Bucket]]

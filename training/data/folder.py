@@ -1,4 +1,4 @@
-"""Folders of images and caption files, or of trajectories, as a list of samples."""
+"""Folders of images and caption files, of trajectories, or of encoded samples, as a list of samples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training.config import Data, Dataset
 from training.data.images import image_size
+from training.data.latents import scan_latents
 from training.data.sample import SOURCE_ENDING, DataError, Reject, Sample, SampleError
 from training.data.trajectories import scan_trajectories
 from training.stop import StopFlag
@@ -32,6 +33,8 @@ def scan(
         where = f"datasets.{number}.path"
         if dataset.kind == "trajectories":
             found = scan_trajectories(Path(dataset.path).expanduser(), where, flag)
+        elif dataset.kind == "latents":
+            found = scan_latents(dataset, where, data, rejects, flag)
         else:
             found = _scan_folder(dataset, where, data, rejects, flag)
         samples += found * dataset.repeats
@@ -55,7 +58,7 @@ def _scan_folder(
         try:
             samples.append(_read_sample(path, root, dataset.caption_extension, data))
         except SampleError as err:
-            if not _is_skipped(err, data):
+            if not data.skips(err.setting):
                 raise
             refused.append(Reject(err.path, err.reason))
     rejects += refused
@@ -76,10 +79,6 @@ def list_files(root: Path, caption_extension: str) -> tuple[list[Path], list[Pat
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             images.append(path)
     return images, rest
-
-
-def _is_skipped(err: SampleError, data: Data) -> bool:
-    return {"on_error": data.on_error, "missing_caption": data.missing_caption}[err.setting] == "skip"
 
 
 def _what_is(path: Path) -> str:

@@ -11,6 +11,8 @@ from flowcore.errors import FlowCoreError
 
 SOURCE_ENDING = ".source.png"
 """Behind the name of an image: the picture before the edit that its caption asks for."""
+LATENTS, SOURCE_LATENTS = "latents", "source_latents"
+"""Names in the `batch.safetensors` of runs."""
 Setting = Literal["on_error", "missing_caption"]
 
 
@@ -32,12 +34,15 @@ class SampleError(DataError):
 class Stored:
     """Latents that lie in a safetensors file under `name`.
 
-    noise_seed: of the noise that they belong to, None where any does. space: of the latents, JSON-like.
+    noise_seed: of the noise that they belong to, None where any does. space: of the latents, JSON-like, None
+    where the file does not tell. others: what else of the sample is in the file, by the names of the
+    `batch.safetensors` of runs; with `context` among it the caption is encoded already.
     """
 
     name: str
-    noise_seed: int | None
-    space: Mapping[str, Any] = field(hash=False)
+    noise_seed: int | None = None
+    space: Mapping[str, Any] | None = field(default=None, hash=False)
+    others: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,16 @@ class Sample:
     height: int
     source: Path | None = None
     stored: Stored | None = None
+
+    @property
+    def is_edit(self) -> bool:
+        """Whether there is a picture before the edit, or what it is encoded to."""
+        return self.source is not None or bool(self.stored and SOURCE_LATENTS in self.stored.others)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the file holds its caption as the model reads it."""
+        return bool(self.stored and "context" in self.stored.others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from training.data.sample import DataError, Sample, Stored
@@ -61,18 +60,6 @@ def scan_trajectories(root: Path, where: str, stop: StopFlag) -> list[Sample]:
     return samples
 
 
-def read_stored(samples: Iterable[Sample]) -> dict[Sample, Tensor]:
-    """Latents `c h w` of samples that have stored ones, mapped from their files."""
-    files: dict[Path, Any] = {}
-    found: dict[Sample, Tensor] = {}
-    for sample in samples:
-        if sample.stored is not None:
-            if sample.path not in files:
-                files[sample.path] = safe_open(sample.path, framework="pt")
-            found[sample] = files[sample.path].get_tensor(f"{sample.stored.name}.z0")
-    return found
-
-
 def check_space(space: Mapping[str, Any], encoder: ImageEncoder, path: Path) -> None:
     """Compares the space of stored latents with that of a run. Raises: DataError if it is another."""
     facts = {part: encoder.facts.get(f"flowcore.latents_{part}") for part in ("mean", "std")}
@@ -89,9 +76,9 @@ def check_space(space: Mapping[str, Any], encoder: ImageEncoder, path: Path) -> 
 
 def _sample(record: Mapping[str, Any], header: Mapping[str, Any], root: Path) -> Sample:
     width, height = map(int, header["size"])
-    stored = Stored(str(record["key"]), record.get("noise_seed"), header["latents"])
-    shard = root / Path(record["shard"]).name
-    return Sample(stored.name, shard, str(record["caption"]), width, height, stored=stored)
+    key, shard = str(record["key"]), root / Path(record["shard"]).name
+    stored = Stored(f"{key}.z0", record.get("noise_seed"), header["latents"])
+    return Sample(key, shard, str(record["caption"]), width, height, stored=stored)
 
 
 def _is_close(first: Sequence[float], second: Sequence[float]) -> bool:

@@ -24,6 +24,7 @@ from training.data.images import load_image
 from training.encoders import ImageEncoder
 from training.keys import generator
 from training.objectives.exo_losses import PERCEPTUAL_BELOW, kept_and_changed, label_loss, likeness
+from training.objectives.exo_stored import check_prompt, stored_prompts
 from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
 from training.objectives.language import TokenHeads, next_loss
 
@@ -46,9 +47,15 @@ class ExoObjective(FlowMatchingObjective):
         device: torch.device,
         judge: Judge | None = None,
     ) -> None:
-        """As `FlowMatchingObjective`. Raises: ConfigError if a perceptual loss needs a package."""
+        """As `FlowMatchingObjective`.
+
+        Raises: ConfigError if a perceptual loss needs a package; DataError for encoded samples of others.
+        """
         super().__init__(module, architecture, data, image_encoder, chat, recipes, device=device, judge=judge)
         self.exo, self.chat = module, chat
+        for number, sample in enumerate(data.samples):
+            if sample.is_told:
+                check_prompt(sample.path, data.told(number), is_edit=sample.is_edit)
         self.likeness = {
             recipe.exo.features: likeness(recipe.exo.features, image_encoder) for recipe in recipes
         }
@@ -57,9 +64,10 @@ class ExoObjective(FlowMatchingObjective):
             vocab = module.config.trunk["text_config"]["vocab_size"]
             self.heads = TokenHeads(vocab, module.config.hidden_size, self.recipe.seed, device)
 
-    def kind_of(self, number: int) -> tuple[Bucket, bool]:
-        """Size, and whether the sample is an edit."""
-        return self.data.buckets[number], self.data.samples[number].source is not None
+    def kind_of(self, number: int) -> tuple[Bucket, int]:
+        """Size, whether the sample is an edit, and whether its file tells the model so."""
+        sample = self.data.samples[number]
+        return self.data.buckets[number], sample.is_edit + 2 * sample.is_told
 
     def loss(self, step: int, part: slice) -> Tensor:
         """Loss of samples `part` of a step's batch, float32."""
@@ -77,11 +85,19 @@ class ExoObjective(FlowMatchingObjective):
 
     def conditioning(self, draw: Draw) -> Conditioning:
         """Token ids of the captions, with the patches of the source pictures of edits."""
-        return self.chat.read(draw.captions, self._sources(draw.numbers)).to(self.device)
+        return self.text_of(draw.numbers, draw.dropped.tolist()).to(self.device)
+
+    def text_of(self, numbers: Sequence[int], dropped: Sequence[bool]) -> Conditioning:
+        """The same, without the captions that are dropped; as a sample's file has them if it does."""
+        samples = [self.data.samples[number] for number in numbers]
+        if samples[0].is_told:
+            return stored_prompts([self.data.told(number) for number in numbers], dropped, self.chat)
+        captions = ["" if drop else s.caption for s, drop in zip(samples, dropped, strict=True)]
+        return self.chat.read(captions, self._sources(numbers))
 
     def told(self, draw: Draw) -> Conditioning:
-        """As `conditioning`, which knows every caption."""
-        return self.conditioning(draw)
+        """Token ids of any captions, with the patches of the source pictures of edits."""
+        return self.chat.read(draw.captions, self._sources(draw.numbers)).to(self.device)
 
     def predict(self, draw: Draw, conditioning: Conditioning) -> Tensor:
         """The velocity `b c h w` of noised samples."""
@@ -178,7 +194,7 @@ class ExoObjective(FlowMatchingObjective):
         return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
 
     def _is_edit(self, draw: Draw) -> bool:
-        return self.data.samples[draw.numbers[0]].source is not None
+        return self.data.samples[draw.numbers[0]].is_edit
 
     def _sources(self, numbers: Sequence[int]) -> Tensor | None:
         """The source pictures `b 3 y x` of edits, None for plain samples."""

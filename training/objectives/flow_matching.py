@@ -22,6 +22,7 @@ from training.config import Sampling
 from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
 from training.data.order import BatchOrder
+from training.data.sample import LATENTS, SOURCE_LATENTS
 from training.encoders import CaptionEncoder, ImageEncoder
 from training.grid import save_grid
 from training.keys import generator
@@ -111,9 +112,9 @@ class FlowMatchingObjective:
             [number for number, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))
         ]
 
-    def kind_of(self, number: int) -> tuple[Bucket, bool]:
+    def kind_of(self, number: int) -> tuple[Bucket, int]:
         """What the samples of one batch have in common."""
-        return self.data.buckets[number], False
+        return self.data.buckets[number], 0
 
     def recipe_at(self, step: int) -> Recipe:
         """The recipe of the stage that a step lies in."""
@@ -165,8 +166,26 @@ class FlowMatchingObjective:
 
     def conditioning(self, draw: Draw) -> Conditioning:
         """What the model is told of samples, on the device."""
-        text = self._with_null(self.data.conditioning(draw.captions), draw.dropped)
+        text = self._with_null(self.text_of(draw.numbers, draw.dropped.tolist()), draw.dropped)
         return self.with_size(text, draw.clean).to(self.device)
+
+    def text_of(self, numbers: Sequence[int], dropped: Sequence[bool]) -> Conditioning:
+        """Captions of samples as the model reads them, the empty one where they are dropped."""
+        return self.data.conditioning(numbers, dropped)
+
+    def batch_tensors(self, step: int) -> dict[str, Tensor]:
+        """Data and conditions of a step's global batch, with every caption; no noise and no times.
+
+        latents `b c h w`; of edits source_latents, too; context `b m d`, context_mask `b m`, pooled `b k`,
+        and pictures as the model takes them, where the model is told so.
+        """
+        numbers = self.samples(step)
+        told = self.text_of(numbers, [False] * len(numbers))
+        parts = {"context": told.context, "context_mask": told.context_mask, "pooled": told.pooled}
+        found = {LATENTS: self.data.latents(numbers), **told.extras}
+        if self.data.samples[numbers[0]].is_edit:
+            found[SOURCE_LATENTS] = self.data.source_latents(numbers)
+        return found | {name: part for name, part in parts.items() if part is not None}
 
     def predict(self, draw: Draw, conditioning: Conditioning) -> Tensor:
         """The velocity `b c h w` of noised samples."""

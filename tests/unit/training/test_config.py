@@ -29,7 +29,7 @@ schedule schedule.name schedule.warmup_steps schedule.warmup_share schedule.step
 ema ema.decay ema.warmup
 checkpoint checkpoint.every_steps checkpoint.keep
 sampling sampling.every_steps sampling.prompts sampling.steps sampling.cfg sampling.seed sampling.size
-logging logging.every_steps logging.tensorboard logging.plots logging.data_order
+logging logging.every_steps logging.tensorboard logging.plots logging.data_order logging.export_batch
 model model.arch model.preset model.weights model.overrides
 datasets datasets.kind datasets.path datasets.caption_extension datasets.repeats
 buckets buckets.resolution buckets.multiple buckets.max_aspect
@@ -243,7 +243,7 @@ def test_an_unknown_key_is_named_before_what_it_leaves_out(tmp_path: Path) -> No
         ({"datasets": [{"path": 3}]}, "datasets.0.path must be a valid string, got 3; put it in quotes"),
         (
             {"datasets": [{"path": "x", "kind": "tar"}]},
-            "datasets.0.kind must be 'folder' or 'trajectories', got 'tar'",
+            "datasets.0.kind must be 'folder', 'trajectories' or 'latents', got 'tar'",
         ),
         ({"datasets": [{"path": "x", "caption_extension": "txt"}]}, "datasets.0.caption_extension"),
         ({"output": {"name": "a/b"}}, "output.name must be a plain folder name"),
