@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,20 +136,32 @@ def measure(
 
     pipeline = Pipeline.from_files(name)
     metadata = pipeline.model.metadata
-    results = {}
-    for count in counts:
-        settings = sampling_of(pipeline, count, arguments)
-        label = name if count is None else f"{name} T={count}"
-        folder = arguments.images and arguments.images / (title(name) + label.removeprefix(name))
-        results[label] = {
+    labels = {name if count is None else f"{name} T={count}": count for count in counts}
+    settings = {label: sampling_of(pipeline, count, arguments) for label, count in labels.items()}
+    folders = {
+        label: arguments.images and arguments.images / (title(name) + label.removeprefix(name))
+        for label in labels
+    }
+    found = _shares(pipeline, settings, folders, arguments)
+    return {
+        label: {
             "model": name,
-            "iterations": getattr(settings, "iterations", None),
-            **_shares(pipeline, settings, label, folder, arguments),
+            "iterations": getattr(settings[label], "iterations", None),
+            **found[label],
+            "sampling": sampling_facts(settings[label]),
             "parameters": sum(p.numel() for p in pipeline.model.model.parameters()),
             "train_seconds": _number(metadata.get("flowcore.train_seconds")),
             "train_flops": _number(metadata.get("flowcore.train_flops")),
         }
-    return results
+        for label in labels
+    }
+
+
+def sampling_facts(settings: Settings) -> dict[str, Any]:
+    """What makes the figures of a row again: seed of captions, edits and noise, steps, guidance, ..."""
+    names = ("num_steps", "cfg_scale", "iterations", "preserve")
+    known = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    return {"seed": SEED, **known}
 
 
 def sampling_of(pipeline: Pipeline, count: int | None, arguments: argparse.Namespace) -> Settings:
@@ -166,27 +178,30 @@ def sampling_of(pipeline: Pipeline, count: int | None, arguments: argparse.Names
 
 
 def _shares(
-    pipeline: Pipeline, settings: Settings, label: str, folder: Path | None, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """What the judge says of edits, or of pictures of captions."""
+    pipeline: Pipeline,
+    settings: Mapping[str, Settings],
+    folders: Mapping[str, Path | None],
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, Any]]:
+    """What the judge says of edits, or of pictures of captions, for each setting."""
     if not arguments.edits:
-        return measure_captions(
-            pipeline, draw_captions(arguments.count, arguments.objects), settings, label, folder
-        )
+        captions = draw_captions(arguments.count, arguments.objects)
+        return {
+            label: measure_captions(pipeline, captions, own, label, folders[label])
+            for label, own in settings.items()
+        }
     from flowcore.exo import ExoPipeline, ExoSettings
     from training.edit_quality import measure_edits
 
     assert isinstance(pipeline, ExoPipeline)
-    assert isinstance(settings, ExoSettings)
     return measure_edits(
         pipeline,
         arguments.count,
         SEED,
-        settings,
+        {label: ExoSettings.of(own) for label, own in settings.items()},
         batch=BATCH,
         objects=arguments.objects,
-        name=label,
-        folder=folder,
+        folders=folders,
     )
 
 

@@ -35,7 +35,7 @@ from .facts import trained_iterations
 from .loading import TrunkOptions, give_trunk, vae_source
 from .masks import preserving
 from .offload import brought, decoder_layers, streamed
-from .prefixes import PrefixCache, prompt_keys, weights_key
+from .prefixes import Recent, digest, prompt_keys, weights_key
 from .settings import ExoSettings
 from .trace import ExoInfo, Trace
 
@@ -56,7 +56,7 @@ class ExoPipeline(Pipeline):
     """An Exo with its autoencoder. Its text encoder is its own trunk, which looks at pictures, too.
 
     offload: which parts of the trunk lie on the CPU until they are needed. prefixes: what the trunk made of
-    the latest prompts.
+    the latest prompts. encoded: what the autoencoder made of the latest initial images.
     """
 
     settings_type: ClassVar[type[Settings]] = ExoSettings
@@ -64,7 +64,8 @@ class ExoPipeline(Pipeline):
 
     text_encoder: PromptReader
     offload: str = "none"
-    prefixes: PrefixCache = field(default_factory=PrefixCache)
+    prefixes: Recent[PrefixState] = field(default_factory=Recent)
+    encoded: Recent[Tensor] = field(default_factory=Recent)
 
     @classmethod
     def from_pretrained(
@@ -237,7 +238,7 @@ class ExoPipeline(Pipeline):
         clean = None
         if pictures is not None and (settings.strength < 1 or settings.preserve or mask is not None):
             with trace.timed("encode image"):
-                clean = self.vae.encode(pictures).to(self.device)
+                clean = self._encoded(pictures)
         with trace.timed("read prompt"):
             velocity = self.guided_velocity(prompts, settings, pictures=pictures, trace=trace)
         width, height = whole_size(settings)
@@ -288,6 +289,14 @@ class ExoPipeline(Pipeline):
             interval=None if chosen.cfg_interval == (0.0, 1.0) else chosen.cfg_interval,
             combine=chosen.guidance_rule(),
         )
+
+    @torch.inference_mode()
+    def _encoded(self, pictures: Tensor) -> Tensor:
+        """Return the latents of pictures, each encoded alone: its bits are the same in any batch."""
+        place: Hashable = (weights_key(self.vae.module), self.vae.tiling, tuple(pictures.shape[1:]))
+        keys = [(place, digest(picture)) for picture in pictures]
+        made = self.encoded.get(keys, lambda rows: [self.vae.encode(pictures[row : row + 1]) for row in rows])
+        return torch.cat(made).to(self.device)
 
     @torch.inference_mode()
     def _read(self, told: Conditioning, size: tuple[int, int], rows: list[int]) -> list[PrefixState]:

@@ -1,33 +1,32 @@
-"""Prompts that a model has read before: what it made of the latest of them is kept."""
+"""Prompts and pictures that a model has read before: what it made of the latest of them is kept."""
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
-from ..models.exo import PrefixState
 
+State = TypeVar("State")
 KEPT = 4
 """Entries of a cache: with the 8B trunk in bfloat16 each of 1344 tokens takes about 0.36 GB."""
 
 
-class PrefixCache:
-    """The states of the latest prompts, one sample each; the least recently used leaves first."""
+class Recent(Generic[State]):
+    """What was made of the latest prompts or pictures, one each; the least recently used leaves first."""
 
     def __init__(self, kept: int = KEPT) -> None:
         """Keep up to this many."""
         self.kept = kept
-        self._states: OrderedDict[Hashable, PrefixState] = OrderedDict()
+        self._states: OrderedDict[Hashable, State] = OrderedDict()
 
     def __len__(self) -> int:
         """Return how many states there are."""
         return len(self._states)
 
-    def get(
-        self, keys: Sequence[Hashable], read: Callable[[list[int]], list[PrefixState]]
-    ) -> list[PrefixState]:
+    def get(self, keys: Sequence[Hashable], read: Callable[[list[int]], list[State]]) -> list[State]:
         """Return the state of each key; read gives those of the rows that are not here, each key once."""
         rows = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._states}
         missing = sorted(rows.values())
@@ -55,7 +54,7 @@ def prompt_keys(told: Conditioning) -> list[Hashable]:
     return [
         (
             tuple(row.tolist()),
-            None if pictures is None else _digest(pictures[i]),
+            None if pictures is None else digest(pictures[i]),
             None if grids is None else tuple(grids[i].tolist()),
         )
         for i, row in enumerate(rows)
@@ -67,5 +66,6 @@ def weights_key(model: nn.Module) -> Hashable:
     return tuple((id(p), p.dtype, str(p.device), p._version) for p in model.parameters())
 
 
-def _digest(picture: Tensor) -> bytes:
+def digest(picture: Tensor) -> bytes:
+    """Return what tells the content of pictures of one shape apart."""
     return hashlib.sha256(picture.float().cpu().contiguous().numpy().tobytes()).digest()

@@ -8,7 +8,7 @@ import torch
 from flowcore.conditioning import Conditioning
 from flowcore.errors import ConfigError
 from flowcore.exo.masks import on_latents, on_pixels, preserving, stretch
-from flowcore.exo.prefixes import PrefixCache, prompt_keys
+from flowcore.exo.prefixes import Recent, prompt_keys
 from flowcore.models.exo import join_prefixes
 from tests.exo_recomputed import random_exo
 from tests.support import assert_close
@@ -61,7 +61,7 @@ def test_the_least_recently_used_leaves_first() -> None:
         asked.append(rows)
         return [f"state {row}" for row in rows]
 
-    cache = PrefixCache(kept=2)
+    cache = Recent(kept=2)
     assert cache.get(["a", "b", "a"], read) == ["state 0", "state 1", "state 0"]
     assert cache.get(["a"], read) == ["state 0"]
     assert cache.get(["c"], read) == ["state 0"]  # b leaves

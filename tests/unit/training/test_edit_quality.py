@@ -1,7 +1,9 @@
 """Edits against the true ones: the arithmetic with known masks, and the command with a tiny model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,18 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowcore.exo import ExoInfo, ExoSettings, Refined
+from flowcore.exo import ExoInfo, ExoPipeline, ExoSettings, Refined
+from flowcore.exo.prefixes import Recent
 from flowcore.images import image_to_tensor
+from flowcore.models.exo import Exo
 from flowcore.models.exo.labels import changed_cells
+from flowcore.vae.autoencoder import Autoencoder
 from tests import tiny, tiny_exo
 from tests.unit.training.workspace import error_line
 from training.compare import main
-from training.edit_quality import compare_edit, measure_edits, overlap, psnr_where
+from training.edit_quality import Truth, compare_edit, measure_edits, overlap, psnr_where
 from training.encoders import PixelEncoder
 from training.scenes import draw, iterate_edits
 
 SIDE = 64
 PIXELS = PixelEncoder(4)
+EDIT = next(iterate_edits(1, 7, split="test"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def test_one_edit_with_known_masks() -> None:
     target.paste((255, 255, 255), (16, 32, 32, 48))
 
     def compare(mask: Tensor) -> dict[str, float | None]:
-        return compare_edit(PIXELS, source, target, target, info_of(mask))  # type: ignore[arg-type]
+        return compare_edit(Truth.between(PIXELS, EDIT, source, target), target, info_of(mask))  # type: ignore[arg-type]
 
     mask = torch.zeros(4, 4)
     mask[2, 1] = 1.0
@@ -84,6 +90,7 @@ class Perfect:
 
     def __init__(self) -> None:
         self.edits = [edit for edit, _ in iterate_edits(4, 7, split="test")]
+        self.prefixes, self.encoded = Recent(), Recent()
 
     def refine(
         self, prompts: list[str], seeds: list[int], settings: ExoSettings, init_images: list[Image.Image]
@@ -103,16 +110,46 @@ class Perfect:
 
 
 def test_means_over_edits(tmp_path: Path) -> None:
-    found = measure_edits(
-        Perfect(),  # type: ignore[arg-type]
-        4, 7, ExoSettings(), batch=3, objects="mixed", name="perfect", folder=tmp_path,
-    )  # fmt: skip
+    settings = {"one": ExoSettings(), "other": ExoSettings()}
+    made = measure_edits(
+        Perfect(), 4, 7, settings, batch=3, objects="mixed", folders={"one": tmp_path, "other": None},
+    )  # fmt: skip  # type: ignore[arg-type]
+    found = made["one"]
+    assert {**found, "seconds_per_image": 0} == {**made["other"], "seconds_per_image": 0}
     assert found["accuracy"]["all"] == 0.5
     assert found["mask_iou"] == pytest.approx(0.5)
     assert set(found["success_by_kind"].values()) <= {0.0, 0.5, 1.0}
     assert sorted(path.name for path in tmp_path.glob("000003*")) == [
         "000003.mask.png", "000003.png", "000003.source.png", "000003.txt",
     ]  # fmt: skip
+
+
+def test_what_does_not_depend_on_iterations_is_computed_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = ExoPipeline.from_pretrained(file, device="cpu")
+    settings = {str(t): ExoSettings(num_steps=2, preserve=1.0, iterations=t) for t in (1, 2, 3)}
+    alone = {
+        name: measure_edits(pipeline, 5, 7, {name: own}, batch=3, objects="mixed")[name]
+        for name, own in settings.items()
+    }
+    pipeline.prefixes.clear()
+    pipeline.encoded.clear()
+    counts = {"trunk reads": 0, "vae encodes": 0}
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: object, **options: object) -> object:
+            counts[name] += 1
+            return call(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(Exo, "encode", counted("trunk reads", Exo.encode))
+    monkeypatch.setattr(Autoencoder, "encode", counted("vae encodes", Autoencoder.encode))
+    together = measure_edits(pipeline, 5, 7, settings, batch=3, objects="mixed")
+    assert counts == {"trunk reads": 2, "vae encodes": 5 + 2 * 5}  # of batches; of sources, and for the truth
+    for name, found in together.items():
+        assert {**found, "seconds_per_image": 0} == {**alone[name], "seconds_per_image": 0}
 
 
 def test_command_with_a_tiny_model(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +162,13 @@ def test_command_with_a_tiny_model(file: Path, tmp_path: Path, capsys: pytest.Ca
     assert list(results) == [f"{file} T=1", f"{file} T=2"]
     for number, result in enumerate(results.values(), start=1):
         assert (result["model"], result["iterations"], result["count"]) == (str(file), number, 3)
-        assert 0 <= result["mask_iou"] <= 1
+        for name in ("mask_iou", "pixel_iou"):
+            assert 0 <= result[name] <= 1
+        assert result["kept_psnr"] is None or result["kept_psnr"] > 0
+        assert result["seconds_per_image"] > 0
+        assert result["sampling"] == {
+            "seed": 2026, "num_steps": 2, "cfg_scale": 2.0, "iterations": number, "preserve": 1.0,
+        }  # fmt: skip
         assert 0 <= result["accuracy"]["all"] <= 1
     assert results[f"{file} T=1"]["vae_psnr"] == results[f"{file} T=2"]["vae_psnr"]
 
