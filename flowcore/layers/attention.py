@@ -45,10 +45,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes: q `b nh n e`; k, v `b nh m e`; bias broadcastable to `b nh n m`, additive, or boolean with
     True = attend; result `b n (nh e)`. On a CPU half precision is widened, see `widen`.
     """
+    return _widened(_product, q, k, v, bias)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the attention of each token to those up to itself, as `sdpa`.
+
+    Shapes: q `b nh n e`; k, v `b kv n e`, of whose heads each serves nh/kv of q, uncopied.
+    """
+    return _widened(_causal_product, q, k, v)
+
+
+def _widened(product: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *bias: Tensor | None) -> Tensor:
     if q.device.type != "cpu":
-        return _product(q, k, v, bias)
+        return product(q, k, v, *bias)
     with torch.autocast("cpu", enabled=False):  # which would take the product back to half precision
-        return _product(widen(q), widen(k), widen(v), bias).to(q.dtype)
+        return product(widen(q), widen(k), widen(v), *bias).to(q.dtype)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -64,6 +76,11 @@ def _product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
     mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return rearrange(mixed, "b nh n e -> b n (nh e)")
+
+
+def _causal_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return rearrange(mixed, "b nh n e -> b n (nh e)")
 
 

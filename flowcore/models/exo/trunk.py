@@ -13,13 +13,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ...errors import ConfigError, ShapeError, settings_fit
-from ...layers.attention import AttentionFn
+from ...layers.attention import AttentionFn, causal, sdpa
 from ...ops import Runtime
 from .lora import LowRank, TrunkLora, project
 from .trunk_config import MERGE, TrunkConfig, check_trunk
+
+_ATTENTION = "flowcore"
+"""What transformers knows the attention of the vision tower by."""
 
 
 class KeysValues(NamedTuple):
@@ -73,7 +75,7 @@ def build_trunk(
     """
     check_trunk(config)
     try:
-        from transformers import Qwen3VLConfig, Qwen3VLModel
+        from transformers import AttentionInterface, Qwen3VLConfig, Qwen3VLModel
     except ImportError as err:
         raise ConfigError(
             "transformers must be 5 or newer for Exo, got one without Qwen3-VL; "
@@ -85,6 +87,9 @@ def build_trunk(
         )
         with torch.device(device or "cpu"):
             trunk: nn.Module = Qwen3VLModel(settings)
+    AttentionInterface.register(_ATTENTION, _attend_pictures)
+    tower: Any = trunk.get_submodule("visual")
+    tower.config._attn_implementation = _ATTENTION
     for name, module in list(trunk.named_modules()):
         if "rotary" in name.rsplit(".", 1)[-1]:
             table: Any = module
@@ -94,6 +99,18 @@ def build_trunk(
     for parameter in trunk.parameters():
         parameter.data = parameter.data.to(dtype=dtype)
     return trunk
+
+
+def _attend_pictures(
+    module: nn.Module,  # noqa: ARG001 - as transformers calls it
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Return the attention `b n nh e` of q, k, v `b nh n e`: on a CPU in float32, as elsewhere."""
+    return rearrange(sdpa(q, k, v, attention_mask), "b n (nh e) -> b n nh e", nh=q.shape[1]), None
 
 
 def look(trunk: nn.Module, pixels: Tensor, grids: Tensor) -> Picture:
@@ -268,10 +285,7 @@ def _joined(past: tuple[KeysValues, int] | None, new: KeysValues) -> tuple[KeysV
 def _attend(q: Tensor, seen: KeysValues, keep: Tensor | None, attention: AttentionFn) -> Tensor:
     """Return the mixed values `b n (nh e)`; several queries share the keys of one head, uncopied."""
     if keep is None:
-        mixed = functional.scaled_dot_product_attention(
-            q, seen.keys, seen.values, is_causal=True, enable_gqa=True
-        )
-        return rearrange(mixed, "b nh n e -> b n (nh e)")
+        return causal(q, seen.keys, seen.values)
     heads, count = seen.keys.shape[1], q.shape[2]
     folded = rearrange(q, "b (kv g) n e -> b kv (g n) e", kv=heads)
     mixed = attention(folded, seen.keys, seen.values, keep)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowcore.errors import ConfigError
 from flowcore.layers import flash
-from flowcore.layers.attention import ATTENTIONS, automatic, find_attention, flash_attn, sdpa, widen
+from flowcore.layers.attention import ATTENTIONS, automatic, causal, find_attention, flash_attn, sdpa, widen
 from flowcore.models.flux import PRESETS, Flux
 from flowcore.ops import Runtime
 from tests.support import BFLOAT16_LIMIT, CHAIN_LIMIT, FLOAT16_LIMIT, FORWARD_LIMIT, assert_close
@@ -96,6 +96,18 @@ def test_half_precision_attention_computes_in_float32_on_the_cpu() -> None:
         assert torch.equal(sdpa(*half), expected)
     assert widen(half[0]).dtype == torch.float32
     assert widen(half[0].double()).dtype == torch.float64
+
+
+def test_causal_attention_shares_keys_and_computes_in_float32_on_the_cpu() -> None:
+    q, *rest = heads()
+    k, v = (part[:, :1, :5] for part in rest)
+    keep = torch.ones(5, 5, dtype=torch.bool).tril()
+    expected = sdpa(q, k.expand_as(q), v.expand_as(q), keep)
+    assert_close(causal(q, k, v), expected, limit=FORWARD_LIMIT)
+    half = [part.bfloat16() for part in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = causal(*half)
+    assert torch.equal(found, causal(*(part.float() for part in half)).bfloat16())
 
 
 @pytest.mark.parametrize("keep", MASKS.values(), ids=MASKS)

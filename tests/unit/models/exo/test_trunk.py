@@ -121,6 +121,22 @@ def test_one_grid_for_all_pictures() -> None:
         look(trunk, torch.zeros(2, 24, 1536), grids)
 
 
+def test_the_towers_attention_is_the_librarys_but_for_half_precision() -> None:
+    trunk = build_trunk(TRUNKS["demo"]).eval()
+    given = conditions()
+    pixels, grids = given["pixels"], given["grids"]
+    seen: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name in ("flowcore", "sdpa"):
+            trunk.visual.config._attn_implementation = name
+            seen[name] = look(trunk, pixels, grids).tokens
+            with torch.autocast("cpu", torch.bfloat16):
+                seen[f"{name} half"] = look(trunk, pixels, grids).tokens
+    assert_close(seen["flowcore"], seen["sdpa"], limit=FORWARD_LIMIT)
+    errors = [(seen[f"{name} half"].float() - seen["sdpa"]).square().mean() for name in ("flowcore", "sdpa")]
+    assert 0 < errors[0] < errors[1]
+
+
 def test_moved_picture_moves_features() -> None:
     """32 pixels to the right are one visual token: the projector's features follow, away from the border."""
     torch.manual_seed(0)
