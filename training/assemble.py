@@ -283,12 +283,16 @@ def write_final(run: Run, folder: Path) -> None:
     """Writes `final/model.safetensors`, and `ema.safetensors` if the run keeps an average."""
     config = run.config
     assert isinstance(config, RunConfig)
-    final = folder / "final"
-    final.mkdir(exist_ok=True)
-    save_weights(run.module.state_dict(), final / "model.safetensors", config, step=run.step)
-    if run.ema:
-        average = {**run.module.state_dict(), **run.ema.average}
-        save_weights(average, final / "ema.safetensors", config, step=run.step)
+    weights, average = run.weights(), run.average()
+
+    def write() -> None:
+        final = folder / "final"
+        final.mkdir(exist_ok=True)
+        save_weights(weights, final / "model.safetensors", config, step=run.step)
+        if average:
+            save_weights({**weights, **average}, final / "ema.safetensors", config, step=run.step)
+
+    run.team.lead(write)
 
 
 def save_weights(

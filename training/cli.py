@@ -18,6 +18,15 @@ DONE, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 3
 MAX_LINE = 490
 
 
+class ToldError(Exception):
+    """Another process of the run tells why it ends; this one ends with the exit code alone."""
+
+    def __init__(self, code: int) -> None:
+        """An end with exit code `code`."""
+        super().__init__(code)
+        self.code = code
+
+
 def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Exit code of a command; a user's error becomes one line, after its traceback with `--debug`."""
     try:
@@ -25,8 +34,10 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
             return command(arguments)
     except (StoppedError, KeyboardInterrupt):
         return STOPPED
+    except ToldError as err:
+        return err.code
     except (FlowCoreError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as err:
-        message, code = _verdict(err)
+        message, code = verdict(err)
         if not message:
             raise
         if arguments.debug:
@@ -34,7 +45,7 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
         return fail(message, code)
 
 
-def _verdict(err: Exception) -> tuple[str, int]:
+def verdict(err: Exception) -> tuple[str, int]:
     """Message and exit code of an error that a user can repair; no message for any other."""
     if isinstance(err, FlowCoreError):
         return str(err), FAILED if isinstance(err, RunError) else UNUSABLE

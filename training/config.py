@@ -214,6 +214,23 @@ class Sampling(Strict):
         return size and (_multiple_of(CELL, size[0]), _multiple_of(CELL, size[1]))
 
 
+class Distributed(Strict):
+    """How the model is spread over the processes of a run.
+
+    none: not at all; several processes then average their gradients, as with ddp. fsdp2 divides weights,
+    gradients, optimizer and average. cpu_offload: what is divided waits in the memory of the CPU.
+    """
+
+    strategy: Literal["none", "ddp", "fsdp2"] = "none"
+    cpu_offload: bool = False
+
+    @model_validator(mode="after")
+    def _divides_what_waits(self) -> Distributed:
+        if self.cpu_offload and self.strategy in ("none", "ddp"):
+            raise ValueError(f"cpu_offload must be false with strategy {self.strategy}, got true; use fsdp2")
+        return self
+
+
 class Logging(Strict):
     """What is written while training."""
 
@@ -272,6 +289,7 @@ class RunConfig(LoopConfig):
     data: Data = Data()
     cache: Cache = Cache()
     logging: RunLogging = RunLogging()
+    distributed: Distributed = Distributed()
 
     @model_validator(mode="after")
     def _stages_are_valid(self) -> RunConfig:

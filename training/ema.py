@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,22 +11,31 @@ from torch import Tensor, nn
 class Ema:
     """Float32 average of a module's trainable parameters: average <- d * average + (1 - d) * weights."""
 
-    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = False,
+        local: Callable[[nn.Parameter], Tensor] = Tensor.detach,
+    ) -> None:
         """Starts from the module's present weights; `decay` in (0, 1).
 
         With `warmup`, update n uses min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten.
+        `local` gives the part of a parameter that this process holds, in place; the average is of that part.
         """
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
+        self._local = local
         self._live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.average: dict[str, Tensor] = {n: p.detach().float().clone() for n, p in self._live.items()}
+        self.average: dict[str, Tensor] = {n: local(p).float().clone() for n, p in self._live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the weights once."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        live = [p.detach().float() for p in self._live.values()]
+        live = [self._local(p).float() for p in self._live.values()]
         torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
         self.updates += 1
 
@@ -39,7 +50,7 @@ class Ema:
     def swap(self) -> None:
         """Exchanges average and live weights in place; call twice around sampling."""
         for name, parameter in self._live.items():
-            average = self.average[name]
-            held = parameter.detach().clone()
-            parameter.copy_(average)
+            average, live = self.average[name], self._local(parameter)
+            held = live.clone()
+            live.copy_(average)
             average.copy_(held)

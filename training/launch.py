@@ -26,6 +26,8 @@ from training.log import read_status, write_status
 from training.loop import Objective, Run, train
 from training.state import Checkpoint, newest_checkpoint, read_checkpoint
 from training.stop import StopFlag
+from training.strategies import Strategy
+from training.team import Team
 
 Builder = Callable[[torch.device, StopFlag], Objective]
 Finisher = Callable[[Run, Path], None]
@@ -51,6 +53,7 @@ def launch(
     *,
     begin: Finisher | None = None,
     results: Sequence[str] = (),
+    strategy: Strategy | None = None,
 ) -> bool:
     """Runs `config` in its folder from the checkpoint that `resume` names (latest, none, or a folder).
 
@@ -62,6 +65,7 @@ def launch(
         resume: which checkpoint.
         begin: writes what is known at the start.
         results: files in the run's folder that `finish` writes; a finished run that has them is left alone.
+        strategy: of the processes; all of them call this.
 
     Returns False if a stop was asked for before the last step.
     Raises: ConfigError, CheckpointError before anything is written; RunError if the run fails; StoppedError
@@ -69,24 +73,42 @@ def launch(
     """
     check_packages(config)
     folder = config.folder
-    with locked(folder, "run", stop):
-        refuse_changes(folder, config)
-        checkpoint = _find(folder, resume)
+    strategy = strategy or Strategy(Team())
+    team = strategy.team
+    with contextlib.ExitStack() as held:
+
+        def take() -> Checkpoint | None:
+            held.enter_context(locked(folder, "run", stop))
+            refuse_changes(folder, config)
+            return _find(folder, resume)
+
+        checkpoint = team.lead(take)
         if checkpoint and checkpoint.step >= config.train.steps and _is_done(folder, results):
             return True
-        device = pick_device()
-        run = Run(config, build(device, stop), device)
-        if checkpoint:
-            run.restore(checkpoint)
+        device = team.device or pick_device()
+        run = team.each(lambda: _made(config, build(device, stop), device, strategy, checkpoint))
         with _failures_of(run, folder):
-            _open_folder(folder, config, device)
-            if begin:
-                begin(run, folder)
+            team.lead(lambda: _open_folder(folder, run, begin))
             is_done = train(run, folder, stop)
             if is_done:
                 finish(run, folder)
-            write_status(folder, "done" if is_done else "stopped", run.step)
+            if team.is_first:
+                write_status(folder, "done" if is_done else "stopped", run.step)
         return is_done
+
+
+def _made(
+    config: LoopConfig,
+    objective: Objective,
+    device: torch.device,
+    strategy: Strategy,
+    checkpoint: Checkpoint | None,
+) -> Run:
+    """The run at its first step, or where the checkpoint left it."""
+    run = Run(config, objective, device, strategy)
+    if checkpoint:
+        run.restore(checkpoint)
+    return run
 
 
 def check_packages(config: LoopConfig) -> None:
@@ -146,8 +168,9 @@ def _failures_of(run: Run, folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as err:
-        with contextlib.suppress(OSError):
-            write_status(folder, "failed", run.step)
+        if run.team.is_first:
+            with contextlib.suppress(OSError):
+                write_status(folder, "failed", run.step)
         if isinstance(err, OSError):
             raise write_failure(err, folder) from err
         if isinstance(err, FlowCoreError) and not isinstance(err, RunError):
@@ -180,16 +203,17 @@ def _is_done(folder: Path, results: Sequence[str]) -> bool:
     return read_status(folder).get("state") == "done" and all((folder / name).exists() for name in results)
 
 
-def _open_folder(folder: Path, config: LoopConfig, device: torch.device) -> None:
+def _open_folder(folder: Path, run: Run, begin: Finisher | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    _warn_of_threads(folder)
-    table = config.model_dump(mode="json")
+    _warn_of_change(folder, "threads", torch.get_num_threads())
+    _warn_of_change(folder, "processes", run.team.size)
+    table = run.config.model_dump(mode="json")
     write_atomic(folder / "config.yaml", yaml.safe_dump(table, sort_keys=False))
     facts: dict[str, Any] = {
-        "processes": 1,
-        "strategy": "none",
-        "device": str(device),
+        "processes": run.team.size,
+        "strategy": run.strategy.name,
+        "device": str(run.device),
         "threads": torch.get_num_threads(),
         "pid": os.getpid(),
         "host": platform.node(),
@@ -198,16 +222,17 @@ def _open_folder(folder: Path, config: LoopConfig, device: torch.device) -> None
         "config_hash": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16],
     }
     write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+    if begin:
+        begin(run, folder)
 
 
-def _warn_of_threads(folder: Path) -> None:
-    """Another number of threads changes the last bit of sums, and so the exactness of a resume."""
+def _warn_of_change(folder: Path, what: str, now: int) -> None:
+    """Another number of threads or processes changes the last bit of sums: the resume is not exact."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))["threads"]
-        if before != torch.get_num_threads():
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))[what]
+        if before != now:
             sys.stderr.write(
-                f"warning: the run had {before} threads, now {torch.get_num_threads()}: "
-                "it continues, but not bit for bit\n"
+                f"warning: the run had {before} {what}, now {now}: it continues, but not bit for bit\n"
             )
 
 

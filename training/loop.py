@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flowcore.errors import CheckpointError
 from training.config import LoopConfig
 from training.ema import Ema
 from training.files import RunError
+from training.journal import Journal, NoJournal
 from training.keys import key
-from training.log import ORDER_COLUMNS, CsvLog, MetricLog, plot_loss, read_metrics, write_status
+from training.log import plot_loss, read_metrics
 from training.optim import OptimizerSet, base_lr, lr_multiplier
 from training.stages import Stage, stage_at, stages_of, trained_names, warmup_steps
 from training.state import Checkpoint, save_checkpoint
 from training.stop import StopFlag, StoppedError
+from training.strategies.plain import Strategy, own_state
+from training.team import Team
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,33 +44,31 @@ class Objective(Protocol):
         """Writes samples made with the present weights; returns named measurements."""
 
 
-@runtime_checkable
-class Refers(Protocol):
-    """A module that uses a network whose weights belong to files of their own."""
-
-    def own_state(self) -> dict[str, Tensor]:
-        """The tensors that are not the other network's."""
-
-
-def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module that a checkpoint holds."""
-    return module.own_state() if isinstance(module, Refers) else module.state_dict()
-
-
 class Run:
     """Weights, optimizer and average of one run, and the step they stand at."""
 
-    def __init__(self, config: LoopConfig, objective: Objective, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: LoopConfig,
+        objective: Objective,
+        device: torch.device,
+        strategy: Strategy | None = None,
+    ) -> None:
         """Builds the average of all that a stage trains, and the optimizer of the first stage.
 
-        Raises: ConfigError if patterns of a stage match no parameter.
+        Raises: ConfigError if patterns of a stage match no parameter, or the module cannot be spread.
         """
         self.config, self.objective, self.device = config, objective, device
+        self.strategy = strategy or Strategy(Team())
+        self.team = self.strategy.team
         self.module = objective.module
         self.stages = stages_of(config)
         self._trained = [set(trained_names(self.module, s.config.train.trainable)) for s in self.stages]
         self._train_only(set().union(*self._trained))
-        self.ema = Ema(self.module, config.ema.decay, warmup=config.ema.warmup) if config.ema.decay else None
+        self.strategy.spread(self.module, device)
+        self.ema: Ema | None = None
+        if config.ema.decay:
+            self.ema = Ema(self.module, config.ema.decay, warmup=config.ema.warmup, local=self.strategy.local)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.step = 0
         self._enter(0)
@@ -84,6 +83,7 @@ class Run:
         self._stage = number
         self._train_only(self._trained[number])
         self.optimizers = OptimizerSet(self.module, self.stage.config.optimizer)
+        self.strategy.enter(self.module, self.optimizers)
 
     def _train_only(self, names: set[str]) -> None:
         for name, parameter in self.module.named_parameters():
@@ -92,11 +92,15 @@ class Run:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint. Raises: CheckpointError if it is of another model or optimizer."""
         try:
-            self._enter(checkpoint.facts.get("stage", 0))
             self._load_weights(checkpoint.tensors("weights"))
-            self.optimizers.load_state_tensors(checkpoint.tensors("optimizer"))
+            self._enter(checkpoint.facts.get("stage", 0))
+            self.strategy.load_optimizer(self.module, self.optimizers, checkpoint.tensors("optimizer"))
             if self.ema:
-                self.ema.load(checkpoint.tensors("ema"), checkpoint.facts["ema_updates"])
+                average = {
+                    name: self.strategy.shard(tensor, self.module.get_parameter(name))
+                    for name, tensor in checkpoint.tensors("ema").items()
+                }
+                self.ema.load(average, checkpoint.facts["ema_updates"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict({k: v.item() for k, v in checkpoint.tensors("scaler").items()})
         except (RuntimeError, LookupError, ValueError, OSError) as err:
@@ -110,13 +114,26 @@ class Run:
         differing = sorted(tensors.keys() ^ own_state(self.module).keys())
         if differing:
             raise LookupError(f"tensor {differing[0]}")
-        self.module.load_state_dict({**self.module.state_dict(), **tensors})
+        self.strategy.load(self.module, tensors)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's whole state; in the first process alone if it is spread."""
+        return self.strategy.full(self.strategy.state(self.module), self.module)
+
+    def average(self) -> dict[str, Tensor]:
+        """The whole average, none if there is none; in the first process alone if it is spread."""
+        return self.strategy.full(self.ema.average, self.module) if self.ema else {}
 
     def save(self, folder: Path) -> None:
         """Writes `folder/checkpoints/step-NNNNNNNN` for the present step."""
-        parts = {"weights": own_state(self.module), "optimizer": self.optimizers.state_tensors()}
+        own = own_state(self.module).keys()
+        held = {name: part for name, part in self.strategy.state(self.module).items() if name in own}
+        parts = {
+            "weights": self.strategy.full(held, self.module),
+            "optimizer": self.strategy.optimizer_state(self.module, self.optimizers),
+        }
         if self.ema:
-            parts["ema"] = self.ema.average
+            parts["ema"] = self.average()
         if self.scaler.is_enabled():
             parts["scaler"] = {k: torch.tensor(v) for k, v in self.scaler.state_dict().items()}
         facts = {
@@ -124,7 +141,12 @@ class Run:
             "stage": self._stage,
             "stage_first_step": self.stage.first,
         }
-        save_checkpoint(folder / "checkpoints", self.step, parts, facts, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+
+        def write() -> None:
+            save_checkpoint(folder / "checkpoints", self.step, parts, facts, keep)
+
+        self.team.lead(write)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -148,20 +170,18 @@ class Run:
         if self._stage != stage_at(self.stages, self.step):
             self._enter(stage_at(self.stages, self.step))
         config = self.stage.config
-        torch.manual_seed(key(self.config.seed, "model", self.step))
+        ranks = (self.team.rank,) if self.team.rank else ()
+        torch.manual_seed(key(self.config.seed, "model", self.step, *ranks))
         loss = self._backward()
         if not math.isfinite(loss):
-            raise RunError(f"step {self.step + 1}: loss must be finite, got {loss}; lower optimizer.lr")
+            raise self._failure(f"loss must be finite, got {loss}")
         for optimizer in self.optimizers.optimizers:
             self.scaler.unscale_(optimizer)
-        clip = config.train.grad_clip or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), clip))
+        grad_norm = self.strategy.clip(self.module, config.train.grad_clip or math.inf)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
-            raise RunError(
-                f"step {self.step + 1}: gradient must be finite, got norm {grad_norm}; lower optimizer.lr"
-            )
+            raise self._failure(f"gradient must be finite, got norm {grad_norm}")
         multiplier = self.multiplier(self.step)
-        self.optimizers.step(multiplier, self.scaler)
+        self.strategy.step(self.optimizers, multiplier, self.scaler)
         if self.ema:
             self.ema.update()
         self.step += 1
@@ -185,25 +205,34 @@ class Run:
             minimum=schedule.minimum,
         )
 
+    def _failure(self, what: str) -> Exception:
+        return self.team.shared(RunError(f"step {self.step + 1}: {what}; lower optimizer.lr"))
+
     def _backward(self) -> float:
         """Gradients of the global batch, micro-batch by micro-batch; returns the mean loss."""
         train = self.stage.config.train
-        batch = train.batch_size
-        micro = train.micro_batch_size or batch
+        own = self.team.part(train.batch_size)
+        count = own.stop - own.start
+        micro = train.micro_batch_size or count
         total = torch.zeros((), device=self.device)
-        for first in range(0, batch, micro):
-            part = slice(first, min(first + micro, batch))
-            with self.autocast():
-                loss = self.objective.loss(self.step, part) * ((part.stop - part.start) / batch)
-            torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        return float(total)
+        for first in range(own.start, own.stop, micro):
+            part = slice(first, min(first + micro, own.stop))
+
+            def loss(part: slice = part) -> Tensor:
+                with self.autocast():
+                    share = (part.stop - part.start) / count
+                    weighted: Tensor = self.objective.loss(self.step, part) * share
+                    return weighted
+
+            total += self.strategy.backward(loss, self.scaler, is_last=part.stop == own.stop)
+        return float(self.team.mean(total))
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Mixed precision of the run; parameters stay float32."""
         if self.config.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.config.precision])
+        dtype = DTYPES[self.config.precision]
+        return torch.autocast(self.device.type, dtype, cache_enabled=self.strategy.keeps_casts)
 
 
 def train(run: Run, folder: Path, stop: StopFlag) -> bool:
@@ -212,33 +241,23 @@ def train(run: Run, folder: Path, stop: StopFlag) -> bool:
     Saves at the interval, at the end and at a stop, so that the same command continues exactly.
     """
     config = run.config
-    order = (
-        CsvLog(folder / "data_order.csv", ORDER_COLUMNS, run.step + 1) if config.logging.data_order else None
-    )
-    with MetricLog(folder, run.step + 1, tensorboard=config.logging.tensorboard) as log:
-        write_status(folder, "running", run.step)
-        with tqdm(
-            total=config.train.steps, initial=run.step, desc=config.output.name, unit="step", file=sys.stderr
-        ) as bar:
-            saved = run.step
-            while run.step < config.train.steps and not stop:
-                row = run.advance()
-                bar.update()
-                if order:
-                    bucket, keys = run.objective.batch_keys(run.step - 1)
-                    order.append([str(run.step), bucket, ";".join(" ".join(key.split()) for key in keys)])
-                _report(run, row, log, bar)
-                if _due(run.step, config.checkpoint.every_steps, config.train.steps):
-                    run.save(folder)
-                    saved = run.step
-                    write_status(folder, "running", run.step)
-                every = config.sampling.every_steps
-                if every and _due(run.step, every, config.train.steps):
-                    with contextlib.suppress(StoppedError):
-                        _preview(run, folder, log, stop)
-            if saved != run.step:
+    stopped = run.team.stop(stop)
+    with (Journal if run.team.is_first else NoJournal)(config, folder, run.step) as journal:
+        saved = run.step
+        while run.step < config.train.steps and not stopped:
+            row = run.advance()
+            journal.step(row, run.objective)
+            if _due(run.step, config.checkpoint.every_steps, config.train.steps):
                 run.save(folder)
-    if config.logging.plots and read_metrics(folder / "metrics.csv"):
+                saved = run.step
+                journal.saved(saved)
+            every = config.sampling.every_steps
+            if every and _due(run.step, every, config.train.steps):
+                with contextlib.suppress(StoppedError):
+                    journal.scalars(_preview(run, folder, stop), run.step)
+        if saved != run.step:
+            run.save(folder)
+    if config.logging.plots and run.team.is_first and read_metrics(folder / "metrics.csv"):
         plot_loss([folder], folder / "plots" / "loss.png")
     return run.step >= config.train.steps
 
@@ -247,15 +266,12 @@ def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def _report(run: Run, row: dict[str, float], log: MetricLog, bar: tqdm[NoReturn]) -> None:
-    if _due(run.step, run.config.logging.every_steps, run.config.train.steps):
-        log.write(row)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-
-
-def _preview(run: Run, folder: Path, log: MetricLog, stop: StopFlag) -> None:
+def _preview(run: Run, folder: Path, stop: StopFlag) -> dict[str, float]:
     samples = folder / "samples"
     samples.mkdir(exist_ok=True)
+
+    def draw(place: Path, flag: StopFlag) -> dict[str, float]:
+        return run.objective.preview(place, run.step, flag)
+
     with run.averaged(), torch.no_grad():
-        values = run.objective.preview(samples, run.step, stop)
-    log.scalars(values, run.step)
+        return run.strategy.sample(draw, samples, stop)

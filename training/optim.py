@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,8 +145,12 @@ class OptimizerSet:
             if value is not None
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(
+        self, tensors: dict[str, Tensor], shard: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         """Puts back what `state_tensors` gave; group settings stay those of the configuration.
+
+        shard: (tensor of a parameter's shape, the parameter) -> the part of it that this process holds.
 
         Raises: LookupError, ValueError if the tensors are those of other parameters or optimizers.
         """
@@ -154,10 +158,13 @@ class OptimizerSet:
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for path, value in tensors.items():
             number, index, name = path.split(".", 2)
-            shape = parameters[int(number)][int(index)].shape
-            if value.ndim and value.shape != shape:
-                raise ValueError(f"{path} of shape {tuple(value.shape)} for a parameter of {tuple(shape)}")
-            states[int(number)].setdefault(int(index), {})[name] = value
+            parameter = parameters[int(number)][int(index)]
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{path} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
+                )
+            held = shard(value, parameter) if value.ndim else value
+            states[int(number)].setdefault(int(index), {})[name] = held
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(
                 {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

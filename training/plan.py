@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,8 @@ from training.loop import DTYPES
 from training.optim import plan_groups
 from training.stages import stages_of, trained_names
 
+DIVIDED = {"fsdp2": ("weights", "gradients", "optimizer", "ema")}
+"""What strategies divide by the processes."""
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
 TEXT_TOKENS = 64
 """Tokens of a caption that activations are counted for, where the model takes as many."""
@@ -28,8 +31,8 @@ HALF_SHARE = 0.6
 MAX_CROP, MAX_ZOOM = 1 / 3, 1.5
 
 
-def make_plan(prepared: Prepared) -> dict[str, Any]:
-    """The plan as JSON-like values; memory in bytes, bucket sizes in pixels."""
+def make_plan(prepared: Prepared, processes: int = 1) -> dict[str, Any]:
+    """The plan as JSON-like values; memory in bytes, of each process, bucket sizes in pixels."""
     config = prepared.config
     module = meta_model(prepared)
     train_stages(module, config)
@@ -38,7 +41,8 @@ def make_plan(prepared: Prepared) -> dict[str, Any]:
         "arch": prepared.architecture.name,
         "parameters": sum(p.numel() for p in module.parameters()),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "memory": memory(module, prepared, max(buckets, key=lambda b: b.width * b.height)),
+        "processes": processes,
+        "memory": memory(module, prepared, max(buckets, key=lambda b: b.width * b.height), processes),
         "steps": config.train.steps,
         "epochs": config.train.steps * config.train.batch_size / len(prepared.samples),
         "images": len(prepared.samples),
@@ -64,28 +68,31 @@ def train_stages(module: nn.Module, config: RunConfig) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def memory(module: nn.Module, prepared: Prepared, bucket: Bucket) -> dict[str, int]:
+def memory(module: nn.Module, prepared: Prepared, bucket: Bucket, processes: int) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer, average and activations; the activations are an upper bound.
 
     Of gradients, optimizer and activations the stage that needs most of each counts. Weights that no stage
-    trains are in the precision of the run.
+    trains are in the precision of the run. What the strategy divides is divided, also where it waits in the
+    memory of the CPU; whole blocks that are there for a moment are not counted.
     """
     config = prepared.config
     frozen = DTYPES[config.precision].itemsize
     weights = sum(p.numel() * (4 if p.requires_grad else frozen) for p in module.parameters())
     trained = sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)
-    stages = [_stage_memory(module, prepared, stage.config, bucket) for stage in stages_of(config)]
+    stages = [_stage_memory(module, prepared, stage.config, bucket, processes) for stage in stages_of(config)]
     parts = {
         "weights": weights,
         **{name: max(stage[name] for stage in stages) for name in ("gradients", "optimizer")},
         "ema": trained if config.ema.decay else 0,
         "activations": max(stage["activations"] for stage in stages),
     }
+    for name in DIVIDED.get(config.distributed.strategy, ()):
+        parts[name] = math.ceil(parts[name] / processes)
     return {**parts, "total": sum(parts.values())}
 
 
 def _stage_memory(
-    module: nn.Module, prepared: Prepared, config: LoopConfig, bucket: Bucket
+    module: nn.Module, prepared: Prepared, config: LoopConfig, bucket: Bucket, processes: int
 ) -> dict[str, int]:
     """Bytes of gradients, optimizer and activations of a stage."""
     names = trained_names(module, config.train.trainable)
@@ -96,17 +103,19 @@ def _stage_memory(
         "optimizer": sum(
             OPTIMIZER_BYTES[g.optimizer] * sum(named[n].numel() for n in g.names) for g in groups
         ),
-        "activations": _activations(module, prepared, config, bucket),
+        "activations": _activations(module, prepared, config, bucket, processes),
     }
 
 
-def _activations(module: nn.Module, prepared: Prepared, config: LoopConfig, bucket: Bucket) -> int:
+def _activations(
+    module: nn.Module, prepared: Prepared, config: LoopConfig, bucket: Bucket, processes: int
+) -> int:
     """Bytes that one micro-batch saves for the backward pass, counted on the meta device.
 
     Exo is counted with prompts alone and the most iterations; all that some stage trains takes a gradient.
     """
     model_config = prepared.model_config
-    batch = config.train.micro_batch_size or config.train.batch_size
+    batch = config.train.micro_batch_size or config.train.batch_size // processes
     channels = prepared.architecture.latent_channels(model_config)
     cell = latent_cell(channels)
     height, width = bucket.height // cell, bucket.width // cell
@@ -188,12 +197,14 @@ def _warnings(config: RunConfig, buckets: Counter[Bucket], prepared: Prepared) -
 def describe(plan: dict[str, Any]) -> str:
     """The plan for a person."""
     memory_parts = plan["memory"]
+    share = f" of each of {plan['processes']} processes" if plan["processes"] > 1 else ""
     lines = [
         f"{plan['arch']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} trained",
         f"data: {plan['images']:,} images in {len(plan['buckets'])} buckets, "
         f"{plan['steps']:,} steps = {plan['epochs']:.1f} epochs",
         *(f"  {b['width']}x{b['height']}: {b['images']:,} images" for b in plan["buckets"]),
-        "memory: " + ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory_parts.items()),
+        f"memory{share}: "
+        + ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory_parts.items()),
         *(f"warning: {line}" for line in plan["warnings"]),
     ]
     return "\n".join(lines)

@@ -6,6 +6,8 @@ import signal
 import time
 from types import FrameType
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StoppedError(Exception):
     """Work was left because a stop was asked for."""
@@ -21,8 +23,10 @@ class StopFlag:
 
     def listen(self) -> None:
         """Makes SIGTERM and SIGINT set this flag instead of ending the process."""
-        signal.signal(signal.SIGTERM, self._set)
-        signal.signal(signal.SIGINT, self._set)
+        for number in SIGNALS:
+            signal.signal(number, self._set)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def __bool__(self) -> bool:
         return self.requested or (self._deadline is not None and time.monotonic() > self._deadline)

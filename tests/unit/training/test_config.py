@@ -36,6 +36,7 @@ buckets buckets.resolution buckets.multiple buckets.max_aspect
 encoders encoders.vae encoders.text
 data data.on_error data.missing_caption
 cache cache.dir cache.dtype
+distributed distributed.strategy distributed.cpu_offload
 """
 DEFAULTS = {
     "output.name": "run",

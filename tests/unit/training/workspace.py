@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,13 +138,15 @@ def leftovers(folder: Path) -> list[str]:
 class RunProcess:
     """`training.run` in a process of its own, forked from a server that has torch loaded already."""
 
-    def __init__(self, path: Path, *arguments: str) -> None:
-        """Starts the run; its output goes to files beside the configuration."""
+    def __init__(self, path: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """Starts the run; its output goes to a file beside the configuration."""
         self.log = path.with_suffix(".log")
         context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
         if sys.platform != "win32":
             context.set_forkserver_preload(PRELOADED)
-        self.process = context.Process(target=_run_process, args=(str(self.log), [str(path), *arguments]))
+        self.process = context.Process(
+            target=_run_process, args=(str(self.log), [str(path), *arguments], dict(environment or {}))
+        )
         self.process.start()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -166,7 +169,31 @@ class RunProcess:
         return code
 
 
-def _run_process(log: str, arguments: list[str]) -> None:
+class RunProcesses:
+    """Processes of one run, as a launcher would start them."""
+
+    def __init__(self, path: Path, *arguments: str, size: int = 2) -> None:
+        """Starts all; they write to one log."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        self.processes = [
+            RunProcess(
+                path,
+                *arguments,
+                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(size)
+        ]
+
+    def wait(self) -> list[int]:
+        """The exit codes."""
+        return [process.wait() for process in self.processes]
+
+
+def _run_process(log: str, arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     with open(log, "a", encoding="utf-8") as file, redirect_stderr(file), redirect_stdout(file):  # noqa: PTH123
         code = main(arguments)
