@@ -1,8 +1,6 @@
 """A step of Exo without any cache: what the cached one is measured by, in results and in time."""
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,48 +102,6 @@ def _after(
         ]
         suffix = torch.cat(looked, dim=1)
     return torch.cat((prefix, suffix), dim=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedUp:
-    """Seconds of processor time: the pass over the prompt, a cached step, a step without cache."""
-
-    prefix: float
-    cached_step: float
-    recomputed_step: float
-
-    def ratio(self, steps: int = 20) -> float:
-        """How many times as fast the cache makes a run of steps, the pass over the prompt included."""
-        return steps * self.recomputed_step / (self.prefix + steps * self.cached_step)
-
-
-def measure_speed_up(
-    model: Exo, *, size: tuple[int, int], tokens: int = 256, iterations: int = 4, repeats: int = 5
-) -> SpeedUp:
-    """The medians after one call of each to warm up; text alone, batch 1."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(256, (1, tokens), generator=generator)
-    z = torch.randn(1, model.config.latent_channels, *size, generator=generator)
-    t = torch.tensor([0.5])
-
-    def seconds(call: Callable[[], object]) -> float:
-        call()
-        times = []
-        for _ in range(repeats):
-            start = time.process_time()
-            call()
-            times.append(time.process_time() - start)
-        return statistics.median(times)
-
-    with torch.no_grad():
-        prefix = model.encode(ids, size=size)
-        return SpeedUp(
-            prefix=seconds(lambda: model.encode(ids, size=size)),
-            cached_step=seconds(lambda: model.step(z, t, prefix, iterations=iterations)),
-            recomputed_step=seconds(
-                lambda: recomputed_step(model, z, t, Prompt(token_ids=ids), iterations=iterations)
-            ),
-        )
 
 
 def sized_trunk(hidden: int, layers: int, mlp: int) -> dict[str, object]:

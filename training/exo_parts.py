@@ -10,6 +10,7 @@ from flowcore.errors import CheckpointError, ConfigError
 from flowcore.exo.facts import TRAINING, VAE, describe_training, describe_vae
 from flowcore.exo.loading import byte_tokenizer, prompt_reader
 from flowcore.models.exo import Exo, ExoConfig
+from flowcore.models.exo.lora import describe_changes
 from flowcore.text.qwen3_vl import ChatTokenizer, PromptReader, Tokenizer
 from flowcore.weights.exo import FORMAT, find_folder, load_trunk, trunk_reference
 from training.config import RunConfig
@@ -112,7 +113,7 @@ def exo_facts(
         ),
     }
     if model_config.lora_rank:
-        facts["exo.lora"] = json.dumps({"rank": model_config.lora_rank, "alpha": model_config.lora_alpha})
+        facts["exo.lora"] = json.dumps(describe_changes(model_config))
     if "flowcore.latent_spec" in stated:
         facts[VAE] = describe_vae(stated["flowcore.latent_spec"], stated["flowcore.vae"])
     return facts

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..lazy import LazyTensors, renamed
 from ..models.exo import Exo
+from ..models.exo.lora import describe_changes
 from ..models.exo.trunk import build_trunk
 from ..models.exo.trunk_config import TrunkConfig, trunk_config
 from ..ops import TORCH_OPS, Ops
@@ -102,7 +103,7 @@ def save_exo(
     own = {"exo.format": FORMAT, "exo.trunk": json.dumps(_describe_trunk(model, trunk))}
     config = model.config
     if config.lora_rank:
-        own["exo.lora"] = json.dumps({"rank": config.lora_rank, "alpha": config.lora_alpha})
+        own["exo.lora"] = json.dumps(describe_changes(config))
     save_model(
         path, model.own_state(), architecture="exo", config=config, metadata={**own, **(metadata or {})}
     )

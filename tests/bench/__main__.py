@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.bench.cases import IMAGE, IMAGE_GUIDED, KINDS, LAYERS, Case, suite
+from tests.bench.cases import IMAGE, IMAGE_GUIDED, KEPT, KINDS, LAYERS, Case, suite
 from tests.bench.references import REFERENCES
 from tests.bench.running import BenchError, Measured, measure
 
@@ -52,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.store:
         store({one.row.arch: one.relative for one in measured})
     finish(measured, args.json)
-    if any(case.what in (IMAGE, IMAGE_GUIDED, *LAYERS) for case in done):
-        from tests.bench import exo_image, exo_layer  # only here: they take seconds
+    if any(case.what in (IMAGE, IMAGE_GUIDED, *LAYERS, *KEPT) for case in done):
+        from tests.bench import exo_image, exo_layer, exo_speed  # only here: they take seconds
 
         rows = [one.row for one in measured]
-        print(*exo_image.notes(done, rows), *exo_layer.notes(done, rows), sep="\n")
+        print(
+            *(line for kind in (exo_image, exo_layer, exo_speed) for line in kind.notes(done, rows)), sep="\n"
+        )
     return 1 if is_failed or any(one.row.ok is False for one in measured) else 0
 
 

@@ -16,7 +16,9 @@ READ, SUFFIX = "weights read", "suffix, one layer"
 ALL_TOKENS, HEAD_BLOCK = "all tokens, one layer", "head block"
 """One layer of exo: as many bytes as its weights; an iteration's suffix; prompt and suffix; the head."""
 LAYERS = (READ, SUFFIX, ALL_TOKENS, HEAD_BLOCK)
-KINDS = (LOAD, FORWARD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED, *LAYERS)
+KEPT = PROMPT, STEP, STEP_AGAIN = "prompt read", "step, past kept", "step, all tokens again"
+"""What a run of exo consists of, and a step without what it keeps."""
+KINDS = (LOAD, FORWARD, BACKWARD, TRAIN, CHECKPOINTED, SAMPLE, IMAGE, IMAGE_GUIDED, *LAYERS, *KEPT)
 
 PRODUCT_SIDE = 1024
 PRODUCT_FLOP = 2 * PRODUCT_SIDE**3
@@ -90,6 +92,9 @@ IMAGES = {
 # Exo's training, and one layer of the large one.
 EXO_TRAINED = Case(arch="exo", preset="demo", shape=(16, 16), text=24, batch=8)
 EXO_LAYER = Case(arch="exo", preset="8b", shape=(32, 32), text=320, dtype="bfloat16")
+EXO_TRUNKS = tuple(
+    Case(arch="exo", preset=f"trunk-{trunk}", shape=(4, 4), text=256) for trunk in ("512x12", "256x8")
+)
 # The large models' widths in fewer blocks and tokens: two minutes in all, and yet the matrices take the time.
 SMOKE = (
     Case(arch="xut", preset="xut-small", overrides={"depth": 1}, shape=(24, 24), text=64),
@@ -136,5 +141,6 @@ def suite(name: str) -> tuple[Case, ...]:
         *(replace(case, what=SAMPLE) for case in (SIZES if name == "gpu" else sampled)),
         *(replace(IMAGES[name], what=what) for what in (IMAGE, IMAGE_GUIDED)),
         *(replace(EXO_LAYER, what=what) for what in LAYERS),
+        *(replace(case, what=what) for case in EXO_TRUNKS for what in KEPT if name == "cpu"),
     ]
     return tuple(replace(case, dtype="bfloat16") for case in rows) if name == "gpu" else tuple(rows)

@@ -19,9 +19,10 @@ from torch.nn import functional
 from flowcore.flow.guidance import guided_pair
 from flowcore.flow.schedule import sigma_grid
 from flowcore.flow.solvers import euler
-from tests.bench.cases import BACKWARD, FORWARD, IMAGE, IMAGE_GUIDED, LAYERS, LOAD, SAMPLE, Job
+from tests.bench.cases import BACKWARD, FORWARD, IMAGE, IMAGE_GUIDED, KEPT, LAYERS, LOAD, SAMPLE, Job
 from tests.bench.exo_image import image_work
 from tests.bench.exo_layer import layer_work
+from tests.bench.exo_speed import speed_work
 from tests.bench.measure import count_gflop, peak_mib, reset_peak, square_product, timed
 from tests.bench.subjects import Inputs, Subject, inputs_of, own_subject, reference_subject
 
@@ -38,6 +39,8 @@ def work_of(job: Job, folder: Path) -> Callable[[], object]:
         return image_work(case, device)
     if case.what in LAYERS:
         return layer_work(case, device)
+    if case.what in KEPT:
+        return speed_work(case)
     if job.reference is None:
         subject = own_subject(case, device)
     else:

@@ -58,6 +58,16 @@ class TrunkLora(nn.Module):
         return dict(layer["self_attn"].items())
 
 
+def describe_changes(config: ExoConfig) -> dict[str, Any]:
+    """Return what a file says of its low-rank changes, JSON-like."""
+    return {
+        "rank": config.lora_rank,
+        "alpha": config.lora_alpha,
+        "dropout": 0.0,
+        "targets": list(TARGETS),
+    }
+
+
 def project(linear: nn.Module, x: Tensor, change: LowRank | None) -> Tensor:
     """Return the projection of x, changed."""
     result: Tensor = linear(x)

@@ -109,7 +109,9 @@ def test_checkpoints_and_results_leave_a_trunk_by_reference_out(tmp_path: Path) 
         metadata = file.metadata()
     reference = json.loads(metadata["exo.trunk"])
     assert (reference["repo"], reference["fingerprint"]) == (str(trunk), fingerprint(load_trunk(trunk)))
-    assert json.loads(metadata["exo.lora"]) == {"rank": 2, "alpha": 32.0}
+    assert json.loads(metadata["exo.lora"]) == {
+        "rank": 2, "alpha": 32.0, "dropout": 0.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }  # fmt: skip
     assert load_exo(final).model.trunk is not None
 
 

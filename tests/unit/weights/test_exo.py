@@ -80,7 +80,9 @@ def test_referenced_trunk_stays_outside(tmp_path: Path, trunk_folder: Path) -> N
     assert "lora.layers.3.self_attn.o_proj.lora_B.weight" in names
     assert metadata["exo.format"] == "exo/1"
     assert json.loads(metadata["exo.trunk"])["fingerprint"] == fingerprint(model.trunk)
-    assert json.loads(metadata["exo.lora"]) == {"rank": 2, "alpha": 32.0}
+    assert json.loads(metadata["exo.lora"]) == {
+        "rank": 2, "alpha": 32.0, "dropout": 0.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }  # fmt: skip
     for loaded in (load_exo(file), load_exo(file, trunk=trunk_folder)):
         check_same(loaded.model, model)
         assert not any(p.requires_grad for p in loaded.model.trunk.parameters())
