@@ -10,9 +10,12 @@ from training.strict import Pattern, Strict
 
 
 class Timesteps(Strict):
-    """Law of the training noise levels (flow.md 4.1), 1 = noise."""
+    """Law of the training noise levels (flow.md 4.1), 1 = noise.
 
-    law: Literal["logit_normal", "uniform"] = "logit_normal"
+    linear20: one of the 20 levels 0, 1/19, ..., 1, as the description of Exo has it.
+    """
+
+    law: Literal["logit_normal", "uniform", "linear20"] = "logit_normal"
     mean: float = 0.0
     std: float = Field(1.0, gt=0)
     shift: float = Field(1.0, gt=0)

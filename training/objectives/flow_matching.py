@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcore.conditioning import Conditioning, cat
-from flowcore.flow import NoiseLaw, PathSample, StepState, VelocityFn, cfg, interpolate, noise_law, sigma_grid
+from flowcore.flow import (
+    PathSample,
+    StepState,
+    VelocityFn,
+    cfg,
+    interpolate,
+    noise_law,
+    shift_sigma,
+    sigma_grid,
+)
 from flowcore.flow.solvers import euler
 from flowcore.layers.attention import find_attention
 from flowcore.models import Architecture
@@ -30,6 +39,8 @@ from training.stop import StopFlag
 from training.train_table import ExoTraining, Timesteps
 
 FLOOR = 1e-4
+NODES = 20
+"""Noise levels of the law linear20."""
 PREVIEW_BATCH = 64
 Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
 
@@ -58,11 +69,13 @@ class Recipe:
         run_block = run_checkpointed if self.is_checkpointed else run_plain
         return Runtime(attention=find_attention(self.attention), run_block=run_block)
 
-    def law(self) -> NoiseLaw:
-        """The law of the noise levels."""
+    def levels(self, uniforms: Tensor) -> Tensor:
+        """Noise levels of uniform numbers in [0, 1), of their shape and dtype."""
         times = self.timesteps
+        if times.law == "linear20":
+            return shift_sigma((uniforms * NODES).floor() / (NODES - 1), times.shift)
         parameters = {"mean": times.mean, "std": times.std} if times.law == "logit_normal" else {}
-        return noise_law(times.law, shift=times.shift, **parameters)
+        return noise_law(times.law, shift=times.shift, **parameters).quantile(uniforms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +163,7 @@ class FlowMatchingObjective:
             dropped.append(drop < recipe.cond_dropout)
             captions.append("" if dropped[-1] else self.data.samples[number].caption)
             noises.append(self.data.noise(number, chance))
-        quantiles = recipe.law().quantile(torch.tensor(uniforms, dtype=torch.float64))
+        quantiles = recipe.levels(torch.tensor(uniforms, dtype=torch.float64))
         sigma = quantiles.float().clamp(FLOOR, 1 - FLOOR).to(self.device)
         clean = clean.to(self.device)
         return Draw(

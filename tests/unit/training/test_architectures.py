@@ -139,7 +139,9 @@ def test_the_loss_of_a_dropped_caption_is_that_of_no_caption(row: Architecture, 
                 parameter.add_(0.1 * noise)
             told = made.loss(0, slice(0, 4))
             texts = made.data.conditioning
-            made.data.conditioning = lambda captions, texts=texts: row.null_text(texts([""] * len(captions)))  # type: ignore[method-assign]
+            made.data.conditioning = lambda numbers, _, texts=texts: row.null_text(
+                texts(numbers, [True] * len(numbers))
+            )  # type: ignore[method-assign]
             losses.append((float(told), float(made.loss(0, slice(0, 4)))))
     (told, null), (dropped, same) = losses
     assert dropped == same == pytest.approx(null, rel=1e-5)

@@ -231,7 +231,7 @@ def test_an_unknown_key_is_named_before_what_it_leaves_out(tmp_path: Path) -> No
         ({"train": {"micro_batch_size": 3}}, "train: micro_batch_size must divide batch_size (4), got 3"),
         (
             {"train": {"timesteps": {"law": "normal"}}},
-            "train.timesteps.law must be 'logit_normal' or 'uniform'",
+            "train.timesteps.law must be 'logit_normal', 'uniform' or 'linear20'",
         ),
         ({"train": {"timesteps": {"shift": 0}}}, "train.timesteps.shift must be greater than 0, got 0"),
         (

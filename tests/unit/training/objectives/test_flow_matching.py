@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowcore.conditioning import Conditioning
 from tests.unit.training.workspace import SIZES, run_config, write_images
 from training.assemble import build_objective, prepare
 from training.objectives.flow_matching import FlowMatchingObjective
@@ -62,21 +63,32 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
         assert torch.allclose(part, full, rtol=1e-5, atol=1e-7)
 
 
+def watch_captions(made: FlowMatchingObjective, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The captions that the model is told from now on, the empty one for those that are dropped."""
+    asked: list[str] = []
+    conditioning = made.data.conditioning
+
+    def watched(numbers: list[int], dropped: list[bool]) -> Conditioning:
+        captions = [made.data.samples[number].caption for number in numbers]
+        asked.extend("" if drop else text for text, drop in zip(captions, dropped, strict=True))
+        return conditioning(numbers, dropped)
+
+    monkeypatch.setattr(made.data, "conditioning", watched)
+    return asked
+
+
 def test_captions_are_dropped_at_their_rate_and_by_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = objective(tmp_path, train={"cond_dropout": 0.25})
-    asked: list[str] = []
-    conditioning = made.data.conditioning
-    monkeypatch.setattr(
-        made.data, "conditioning", lambda captions: asked.extend(captions) or conditioning(captions)
-    )
+    asked = watch_captions(made, monkeypatch)
     for step in range(60):
         with torch.no_grad():
             made.loss(step, slice(0, 2))
             made.loss(step, slice(2, 4))
     assert 0.17 < asked.count("") / len(asked) < 0.33
-    parts, asked = asked, []
+    parts = asked.copy()
+    asked.clear()
     with torch.no_grad():
         made.loss(0, slice(0, 4))
     assert asked == parts[:4]
@@ -87,14 +99,20 @@ def test_no_caption_or_every_caption_is_dropped(
     tmp_path: Path, rate: float, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = objective(tmp_path, train={"cond_dropout": rate})
-    asked: list[str] = []
-    conditioning = made.data.conditioning
-    monkeypatch.setattr(
-        made.data, "conditioning", lambda captions: asked.extend(captions) or conditioning(captions)
-    )
+    asked = watch_captions(made, monkeypatch)
     with torch.no_grad():
         made.loss(0, slice(0, 4))
     assert {caption for caption in asked if not caption} == expected
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_twenty_levels_are_drawn_equally_often(tmp_path: Path, shift: float) -> None:
+    made = objective(tmp_path, train={"timesteps": {"law": "linear20", "shift": shift}})
+    found = made.recipe.levels(torch.arange(200, dtype=torch.float64) / 200)
+    nodes = torch.arange(20, dtype=torch.float64) / 19
+    assert torch.allclose(found.reshape(20, 10), (shift * nodes / (1 + (shift - 1) * nodes))[:, None])
+    drawn = torch.cat([made.draw(step, slice(0, 4)).sigma for step in range(20)])
+    assert all(torch.isclose(found.float(), level, atol=2e-4).any() for level in drawn)
 
 
 def test_batches_have_one_size_and_names(tmp_path: Path) -> None:
