@@ -45,6 +45,7 @@ ONLY_IN = {
     "yaml": ("training", "tests"),
     "peft": ("training", "tests"),
     "accelerate": ("training", "tests"),
+    "deepspeed": ("training", "tests"),
 }
 HEAVY = ["transformers", "diffusers", "peft", "accelerate", "matplotlib", "pydantic", "tensorboard", "scipy"]
 

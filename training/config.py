@@ -217,11 +217,12 @@ class Sampling(Strict):
 class Distributed(Strict):
     """How the model is spread over the processes of a run.
 
-    none: not at all; several processes then average their gradients, as with ddp. fsdp2 divides weights,
-    gradients, optimizer and average. cpu_offload: what is divided waits in the memory of the CPU.
+    none: not at all; several processes then average their gradients, as with ddp. fsdp2 and zero3 divide
+    weights, gradients, optimizer and average, zero2 gradients and optimizer; zero2 and zero3 are those of the
+    package deepspeed. cpu_offload: what is divided waits in the memory of the CPU.
     """
 
-    strategy: Literal["none", "ddp", "fsdp2"] = "none"
+    strategy: Literal["none", "ddp", "fsdp2", "zero2", "zero3"] = "none"
     cpu_offload: bool = False
 
     @model_validator(mode="after")

@@ -175,13 +175,12 @@ class Run:
         loss = self._backward()
         if not math.isfinite(loss):
             raise self._failure(f"loss must be finite, got {loss}")
-        for optimizer in self.optimizers.optimizers:
-            self.scaler.unscale_(optimizer)
-        grad_norm = self.strategy.clip(self.module, config.train.grad_clip or math.inf)
+        multiplier = self.multiplier(self.step)
+        grad_norm = self.strategy.update(
+            self.module, self.optimizers, multiplier, self.scaler, config.train.grad_clip or math.inf
+        )
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             raise self._failure(f"gradient must be finite, got norm {grad_norm}")
-        multiplier = self.multiplier(self.step)
-        self.strategy.step(self.optimizers, multiplier, self.scaler)
         if self.ema:
             self.ema.update()
         self.step += 1

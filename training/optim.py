@@ -126,11 +126,22 @@ class OptimizerSet:
             ]
             self.optimizers.append(_build(kind, groups, config.betas))
 
-    def step(self, multiplier: float, scaler: torch.amp.GradScaler) -> None:
-        """One update at `multiplier` times each group's learning rate; clears the gradients."""
+    @property
+    def names(self) -> list[list[str]]:
+        """Names of the parameters of each optimizer, in the order in which its state counts them."""
+        kinds = dict.fromkeys(plan.optimizer for plan in self.plans)
+        return [[n for plan in self.plans if plan.optimizer == kind for n in plan.names] for kind in kinds]
+
+    def set_rates(self, multiplier: float) -> None:
+        """Sets each group's learning rate to `multiplier` times its own."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * multiplier
+
+    def step(self, multiplier: float, scaler: torch.amp.GradScaler) -> None:
+        """One update at `multiplier` times each group's learning rate; clears the gradients."""
+        self.set_rates(multiplier)
+        for optimizer in self.optimizers:
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()

@@ -21,7 +21,8 @@ from training.loop import DTYPES
 from training.optim import plan_groups
 from training.stages import stages_of, trained_names
 
-DIVIDED = {"fsdp2": ("weights", "gradients", "optimizer", "ema")}
+_ALL = ("weights", "gradients", "optimizer", "ema")
+DIVIDED = {"zero2": ("gradients", "optimizer"), "zero3": _ALL, "fsdp2": _ALL}
 """What strategies divide by the processes."""
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "sgd": 4}
 TEXT_TOKENS = 64

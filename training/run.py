@@ -89,9 +89,10 @@ def _train(arguments: argparse.Namespace, team: Team, stop: StopFlag) -> int:
 
     config = team.lead(lambda: load_config(RunConfig, arguments.config, arguments.set))
     from training.assemble import prepare
-    from training.strategies import check_processes, strategy_of
+    from training.strategies import check_package, check_processes, strategy_of
 
     team.lead(lambda: check_processes(config, team.size))
+    team.lead(lambda: check_package(config))
     prepared = team.each(lambda: prepare(config, stop))
     is_done = start(prepared, stop, arguments.resume, strategy_of(prepared.config, team))
     team.leave()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.strategies.choice import check_processes, strategy_of
+from training.strategies.choice import check_package, check_processes, strategy_of
 from training.strategies.plain import Strategy
 
-__all__ = ["Strategy", "check_processes", "strategy_of"]
+__all__ = ["Strategy", "check_package", "check_processes", "strategy_of"]

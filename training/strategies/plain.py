@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -62,13 +63,28 @@ class Strategy:
         torch.autograd.backward(scaler.scale(loss))
         return loss.detach()
 
-    def clip(self, module: nn.Module, limit: float) -> float:
-        """The norm of the gradient, which is cut to `limit`."""
-        return float(nn.utils.clip_grad_norm_(module.parameters(), limit))
+    def update(
+        self,
+        module: nn.Module,
+        optimizers: OptimizerSet,
+        multiplier: float,
+        scaler: torch.amp.GradScaler,
+        limit: float,
+    ) -> float:
+        """One update of the weights at `multiplier` times each group's learning rate.
 
-    def step(self, optimizers: OptimizerSet, multiplier: float, scaler: torch.amp.GradScaler) -> None:
-        """One update of the weights at `multiplier` times each group's learning rate."""
-        optimizers.step(multiplier, scaler)
+        Returns the norm of the gradient before it was cut to `limit`; without a scaler, there is no update if
+        that is not finite.
+        """
+        for optimizer in optimizers.optimizers:
+            scaler.unscale_(optimizer)
+        norm = self._clip(module, limit)
+        if math.isfinite(norm) or scaler.is_enabled():
+            optimizers.step(multiplier, scaler)
+        return norm
+
+    def _clip(self, module: nn.Module, limit: float) -> float:
+        return float(nn.utils.clip_grad_norm_(module.parameters(), limit))
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The part of a parameter that this process holds, in place."""

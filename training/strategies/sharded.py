@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +18,13 @@ from flowcore.errors import ConfigError
 from flowcore.models.exo import Exo
 from training.stop import StopFlag
 from training.strategies.data_parallel import Rooted
-from training.strategies.plain import Strategy
+from training.strategies.gathering import Gathering, ensure_group
 from training.team import Team
 
 T = TypeVar("T")
 
 
-class Sharded(Strategy):
+class Sharded(Gathering):
     """Parameters, gradients, optimizer and average divided by the processes.
 
     A block is gathered when it is called and let go behind it; what belongs to no block stays gathered for a
@@ -33,7 +32,6 @@ class Sharded(Strategy):
     """
 
     name = "fsdp2"
-    keeps_casts = False
 
     def __init__(self, team: Team, *, is_offloaded: bool) -> None:
         super().__init__(team)
@@ -70,8 +68,8 @@ class Sharded(Strategy):
         for unit in self._units:
             unit.reshard()
 
-    def clip(self, module: nn.Module, limit: float) -> float:
-        """As `Strategy.clip`; the norm of all parts from the norm of each process's."""
+    def _clip(self, module: nn.Module, limit: float) -> float:
+        """The norm of all parts from the norm of each process's."""
         own = [p.grad.to_local() for p in module.parameters() if isinstance(p.grad, DTensor)]
         square = nn.utils.get_total_norm(own).square()
         distributed.all_reduce(square)
@@ -79,15 +77,10 @@ class Sharded(Strategy):
         torch._foreach_mul_(own, (limit / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
-    def full(self, parts: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-        """As `Strategy.full`, on the CPU; all processes take part, tensor by tensor."""
-        del module
-        whole = {}
-        for name, part in parts.items():
-            tensor = part.full_tensor() if isinstance(part, DTensor) else part
-            if self.team.is_first:
-                whole[name] = tensor.cpu()
-        return whole
+    def whole(self, part: Tensor, parameter: Tensor | None) -> Tensor:
+        """As `Gathering.whole`."""
+        del parameter
+        return part.full_tensor() if isinstance(part, DTensor) else part
 
     def shard(self, whole: Tensor, parameter: Tensor) -> Tensor:
         """As `Strategy.shard`."""
@@ -98,10 +91,8 @@ class Sharded(Strategy):
         return placed.to(parameter.device)
 
     def sample(self, work: Callable[[Path, StopFlag], T], folder: Path, stop: StopFlag) -> T:
-        """As `Strategy.sample`; all processes compute the same, and what the others write is thrown away."""
-        with tempfile.TemporaryDirectory() as aside:
-            place = folder if self.team.is_first else Path(aside)
-            result: T = self._root(lambda: work(place, self.team.stop(stop)))
+        """As `Strategy.sample`."""
+        result = super().sample(work, folder, stop)
         self._let_go()
         return result
 
@@ -116,9 +107,7 @@ def _without_view_warning() -> Iterator[None]:
 
 def _mesh(team: Team, device: torch.device) -> DeviceMesh:
     """All processes in a row; one alone is a group by itself."""
-    if not distributed.is_initialized():
-        store = distributed.HashStore()  # type: ignore[attr-defined]  # is public
-        distributed.init_process_group(store=store, rank=0, world_size=1)
+    ensure_group()
     return init_device_mesh(device.type, (team.size,))
 
 

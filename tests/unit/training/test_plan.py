@@ -45,13 +45,20 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(tmp
 def test_memory_is_that_of_one_process(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 9, SIZES)
     plans = {}
-    for strategy, processes in (("none", 1), ("ddp", 2), ("fsdp2", 2)):
+    for strategy, processes in (("none", 1), ("ddp", 2), ("fsdp2", 2), ("zero3", 2), ("zero2", 2)):
         prepared = prepare(run_config(tmp_path, distributed={"strategy": strategy}))
         plans[strategy] = make_plan(prepared, processes)
-    one, ddp, fsdp2 = (plan["memory"] for plan in plans.values())
+    one, ddp, fsdp2, zero3, zero2 = (plan["memory"] for plan in plans.values())
     states = ("weights", "gradients", "optimizer", "ema")
     assert [ddp[name] for name in states] == [one[name] for name in states]
     assert [2 * fsdp2[name] for name in states] == [one[name] for name in states]
+    assert zero3 == fsdp2
+    assert [zero2[name] for name in states] == [
+        one["weights"],
+        one["gradients"] / 2,
+        one["optimizer"] / 2,
+        one["ema"],
+    ]
     assert ddp["activations"] == fsdp2["activations"] < one["activations"]
     assert fsdp2["total"] == sum(fsdp2.values()) - fsdp2["total"]
     assert "memory of each of 2 processes: weights" in describe(plans["fsdp2"])

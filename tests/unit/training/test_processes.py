@@ -1,5 +1,6 @@
 """Several processes: the curve of one, the same files, stops and kills, and what is refused."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -167,6 +168,51 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert run(path, *settings("distributed={strategy: ddp, cpu_offload: true}")) == 2
     assert "cpu_offload must be false with strategy ddp, got true; use fsdp2" in error_line(capsys)
     assert not (tmp_path / "runs").exists()
+
+
+ZERO_FAULTS = [
+    (["optimizer.name=muon"], "optimizer.name must be adamw or sgd, one for all groups"),
+    (
+        ["optimizer.groups=[{pattern: bias, name: sgd}]"],
+        "got adamw and sgd; adamw, muon and sgd work with none",
+    ),
+    (
+        ["train.stages=[{steps: 1}]", "train.steps=1"],
+        "train.stages must be left out with distributed.strategy zero3",
+    ),
+    (["precision=float16"], "precision must be float32 or bfloat16 with distributed.strategy zero3"),
+    ([], "distributed.strategy must be none, ddp or fsdp2 without the package deepspeed, got zero3"),
+]
+
+
+@pytest.mark.parametrize(("assignments", "expected"), ZERO_FAULTS)
+def test_what_deepspeed_does_not_take_is_refused(
+    tmp_path: Path,
+    assignments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name)
+    )
+    path = write_config(tmp_path)
+    assert run(path, *settings("distributed.strategy=zero3", *assignments)) == 2
+    assert expected in error_line(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_zero_has_the_curve_of_one_and_goes_on_with_one(alone: dict[str, Path], strategy: str) -> None:
+    pytest.importorskip("deepspeed")
+    path = alone["xut"]
+    chosen = settings(f"output.name={strategy}", f"distributed.strategy={strategy}")
+    assert RunProcesses(path, *chosen, *settings("train.steps=2")).wait() == [0, 0]
+    assert RunProcesses(path, *chosen, *settings("train.steps=3")).wait() == [0, 0]
+    assert RunProcesses(path, *chosen, size=1).wait() == [0]
+    assert_same_curve(path, strategy)
+    assert_near(path, strategy)
 
 
 def started(path: Path, name: str) -> subprocess.Popen[bytes]:
