@@ -20,6 +20,13 @@ class FloatLinear(comfy.ops.manual_cast.Linear):
         return super().forward(x.float())
 
 
+class FloatConv2d(comfy.ops.manual_cast.Conv2d):
+    """ComfyUI's convolution, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
 class CastRMSNorm(RMSNorm, comfy.ops.CastWeightBiasOp):
     """flowcore's norm with its weight brought to the input, and patched by a LoRA, at use."""
 
@@ -36,8 +43,10 @@ def to_ops(operations: type[comfy.ops.disable_weight_init]) -> Ops:
     """Return the constructors that flowcore's models take, out of a namespace of ComfyUI's layers."""
     return Ops(
         linear=operations.Linear,
+        wide_linear=operations.Linear,
         float_linear=FloatLinear,
         conv2d=operations.Conv2d,
+        float_conv2d=FloatConv2d,
         layer_norm=operations.LayerNorm,
         embedding=operations.Embedding,
     )

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowcore.ops import TORCH_OPS, Ops
+from tests.golden.rounding import rounding_ops
+
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, str]
 
@@ -53,11 +56,29 @@ Outcome = Case | Checked | Skipped
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line asks of a handler. compile, dtype and device concern whole models."""
+    """What the command line asks of a handler. compile, dtype and device concern whole models.
+
+    rounded: instead of the forward in this dtype, what no forward in it can do better: float32 arithmetic
+    with the model's inputs, the matrices of its blocks and what they are multiplied by rounded to the dtype.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     compile: bool = False
+    rounded: torch.dtype | None = None
+
+    @property
+    def ops(self) -> Ops:
+        """The layers that models are built of."""
+        return TORCH_OPS if self.rounded is None else rounding_ops(self.rounded)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """An input of a model as its forward is given it."""
+        return (x if self.rounded is None else x.to(self.rounded)).to(self.dtype)
+
+    def floor(self) -> "Options":
+        """The options of the forward that these in half precision are measured by."""
+        return Options(device=self.device, rounded=self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,7 @@ def load(weights: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
         source="weights",
         device=options.device,
         dtype=options.dtype,
+        ops=options.ops,
     )
 
 
@@ -69,8 +70,7 @@ def model_inputs(tensors: Tensors, options: Options) -> dict[str, Tensor]:
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
     inputs = {name: given[name].to(options.device) for name in names if name in given}
     return {
-        name: value.to(options.dtype) if name in ("img", "txt", "y") else value
-        for name, value in inputs.items()
+        name: options.cast(value) if name in ("img", "txt", "y") else value for name, value in inputs.items()
     }
 
 

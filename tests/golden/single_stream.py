@@ -47,7 +47,12 @@ def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
     """The model of a file's weights, through the path that users' files take."""
     settings = {"flowcore.config": json.dumps(stored_config(metadata))}
     return build_model(
-        part(tensors, "weight."), settings, source="weights", device=options.device, dtype=options.dtype
+        part(tensors, "weight."),
+        settings,
+        source="weights",
+        device=options.device,
+        dtype=options.dtype,
+        ops=options.ops,
     )
 
 
@@ -64,7 +69,7 @@ def timed_forward(tensors: Tensors, metadata: Metadata, options: Options) -> Cal
 def model_inputs(tensors: Tensors, options: Options) -> dict[str, Tensor]:
     """The arguments of the forward."""
     inputs = {name: tensors[f"input.{name}"].to(options.device) for name in ("x", "t", "text_embeds")}
-    return {name: value if name == "t" else value.to(options.dtype) for name, value in inputs.items()}
+    return {name: value if name == "t" else options.cast(value) for name, value in inputs.items()}
 
 
 def model_cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Outcome]:

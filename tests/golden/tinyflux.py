@@ -60,6 +60,7 @@ def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
         source="weights",
         device=options.device,
         dtype=options.dtype,
+        ops=options.ops,
     )
 
 
@@ -85,7 +86,7 @@ def model_inputs(model: nn.Module, tensors: Tensors, metadata: Metadata, options
         given["lune_features"] = given.pop("expert_features")
     inputs: dict[str, Any] = dict(given)
     for name in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
-        inputs[name] = given[name].to(options.dtype)
+        inputs[name] = options.cast(given[name])
     if not model.config.guidance_embeds:
         inputs.pop("guidance", None)
     if "height" in metadata:

@@ -51,7 +51,12 @@ def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
     """The model of a file's weights, through the path that users' files take."""
     settings = {"flowcore.config": json.dumps(stored_config(metadata))}
     return build_model(
-        part(tensors, "weight."), settings, source="weights", device=options.device, dtype=options.dtype
+        part(tensors, "weight."),
+        settings,
+        source="weights",
+        device=options.device,
+        dtype=options.dtype,
+        ops=options.ops,
     )
 
 
@@ -74,7 +79,7 @@ def model_inputs(tensors: Tensors, options: Options) -> dict[str, Tensor]:
         inputs["ctx"] = given["class_ids"].to(options.device)
     for name in ("x", "ctx"):
         if name in inputs and inputs[name].is_floating_point():
-            inputs[name] = inputs[name].to(options.dtype)
+            inputs[name] = options.cast(inputs[name])
     return inputs
 
 
@@ -212,6 +217,7 @@ def port_cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterat
         source="weights",
         device=options.device,
         dtype=options.dtype,
+        ops=options.ops,
     ).model
     inputs = model_inputs(tensors, options)
     inputs["x"] = rearrange(inputs["x"], "b h w c -> b c h w")

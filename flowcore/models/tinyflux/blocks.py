@@ -1,7 +1,8 @@
 """The parts of TinyFlux: embedders, norms, the attention that Sol steers, and the two kinds of block.
 
 Text and image are one row of tokens, text first, through the whole network; double blocks split it. The row,
-the norms, the rotations and all that steers the blocks are float32 whatever the blocks' matrices compute in.
+the norms, the rotations and all that steers the blocks are float32 whatever the blocks' matrices compute in,
+and so are their parameters.
 Parameters carry the names of the published checkpoints.
 Source: AbstractEyes/tiny-flux, version 4.2.
 """
@@ -46,11 +47,13 @@ class Signals:
 class AdaNorm(nn.Module):
     """The norm before attention, and the vectors that the condition gives to the block."""
 
-    def __init__(self, dim: int, num_vectors: int, *, ops: Ops, **where: Any) -> None:
+    def __init__(
+        self, dim: int, num_vectors: int, *, ops: Ops, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.num_vectors = num_vectors
-        self.linear = ops.float_linear(dim, num_vectors * dim, **where)
-        self.norm = RMSNorm(dim, where.get("device"))
+        self.linear = ops.float_linear(dim, num_vectors * dim, device=device)
+        self.norm = RMSNorm(dim, device)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the modulated norm of x `b l d`, and the vectors `b 1 d` that are left, float32."""
@@ -61,11 +64,15 @@ class AdaNorm(nn.Module):
 class TimestepEmbedding(nn.Module):
     """A vector for a number: sines, then cosines, through two layers. The number is not scaled."""
 
-    def __init__(self, dim: int, *, ops: Ops, num_channels: int = 256, **where: Any) -> None:
+    def __init__(
+        self, dim: int, *, ops: Ops, device: torch.device | str | None = None, num_channels: int = 256
+    ) -> None:
         super().__init__()
         self.num_channels = num_channels
         self.mlp = nn.Sequential(
-            ops.float_linear(num_channels, dim, **where), nn.SiLU(), ops.float_linear(dim, dim, **where)
+            ops.float_linear(num_channels, dim, device=device),
+            nn.SiLU(),
+            ops.float_linear(dim, dim, device=device),
         )
 
     def forward(self, values: Tensor) -> Tensor:
@@ -117,8 +124,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
-        self.fc1 = ops.linear(config.hidden_size, config.mlp_dim, **where)
-        self.fc2 = ops.linear(config.mlp_dim, config.hidden_size, **where)
+        self.fc1 = ops.wide_linear(config.hidden_size, config.mlp_dim, **where)
+        self.fc2 = ops.wide_linear(config.mlp_dim, config.hidden_size, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `b l d`."""
@@ -189,10 +196,10 @@ class JointAttention(SteeredAttention):
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__(config, where.get("device"))
         dim = config.hidden_size
-        self.txt_qkv = ops.linear(dim, 3 * dim, bias=False, **where)
-        self.img_qkv = ops.linear(dim, 3 * dim, bias=False, **where)
-        self.txt_out = ops.linear(dim, dim, bias=False, **where)
-        self.img_out = ops.linear(dim, dim, bias=False, **where)
+        self.txt_qkv = ops.wide_linear(dim, 3 * dim, bias=False, **where)
+        self.img_qkv = ops.wide_linear(dim, 3 * dim, bias=False, **where)
+        self.txt_out = ops.wide_linear(dim, dim, bias=False, **where)
+        self.img_out = ops.wide_linear(dim, dim, bias=False, **where)
 
     def forward(
         self, txt: Tensor, img: Tensor, signals: Signals, attention: AttentionFn
@@ -208,8 +215,8 @@ class Attention(SteeredAttention):
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__(config, where.get("device"))
-        self.qkv = ops.linear(config.hidden_size, 3 * config.hidden_size, bias=False, **where)
-        self.out_proj = ops.linear(config.hidden_size, config.hidden_size, bias=False, **where)
+        self.qkv = ops.wide_linear(config.hidden_size, 3 * config.hidden_size, bias=False, **where)
+        self.out_proj = ops.wide_linear(config.hidden_size, config.hidden_size, bias=False, **where)
 
     def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
         """Return `b l d`."""
@@ -223,12 +230,12 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
-        dim = config.hidden_size
-        self.img_norm1 = AdaNorm(dim, 6, ops=ops, **where)
-        self.txt_norm1 = AdaNorm(dim, 6, ops=ops, **where)
+        dim, device = config.hidden_size, where.get("device")
+        self.img_norm1 = AdaNorm(dim, 6, ops=ops, device=device)
+        self.txt_norm1 = AdaNorm(dim, 6, ops=ops, device=device)
         self.attn = JointAttention(config, ops=ops, **where)
-        self.img_norm2 = RMSNorm(dim, where.get("device"))
-        self.txt_norm2 = RMSNorm(dim, where.get("device"))
+        self.img_norm2 = RMSNorm(dim, device)
+        self.txt_norm2 = RMSNorm(dim, device)
         self.img_mlp = MLP(config, ops=ops, **where)
         self.txt_mlp = MLP(config, ops=ops, **where)
 
@@ -259,10 +266,11 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
-        self.norm = AdaNorm(config.hidden_size, 3, ops=ops, **where)
+        dim, device = config.hidden_size, where.get("device")
+        self.norm = AdaNorm(dim, 3, ops=ops, device=device)
         self.attn = Attention(config, ops=ops, **where)
         self.mlp = MLP(config, ops=ops, **where)
-        self.norm2 = RMSNorm(config.hidden_size, where.get("device"))
+        self.norm2 = RMSNorm(dim, device)
 
     def forward(self, x: Tensor, signals: Signals, attention: AttentionFn) -> Tensor:
         """Return the row `b (m + n) d` after the block, float32."""

@@ -6,7 +6,6 @@ Source: AbstractEyes/tiny-flux, version 4.2.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -48,25 +47,25 @@ class SolOutput:
 class LunePredictor(nn.Module):
     """A vector for the condition, from the inner features of a diffusion teacher or a guess at them."""
 
-    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, device: torch.device | str | None = None) -> None:
         super().__init__()
         dim, hidden = config.hidden_size, config.lune_hidden_dim
         self.dropout = config.lune_dropout
-        self.input_proj = ops.float_linear(dim + config.pooled_projection_dim, hidden, **where)
+        self.input_proj = ops.float_linear(dim + config.pooled_projection_dim, hidden, device=device)
         self.predictor = nn.Sequential(
             nn.SiLU(),
-            ops.float_linear(hidden, hidden, **where),
+            ops.float_linear(hidden, hidden, device=device),
             nn.SiLU(),
             nn.Identity(),  # the place of the dropout, whose randomness comes from outside
-            ops.float_linear(hidden, hidden, **where),
+            ops.float_linear(hidden, hidden, device=device),
             nn.SiLU(),
-            ops.float_linear(hidden, config.lune_expert_dim, **where),
+            ops.float_linear(hidden, config.lune_expert_dim, device=device),
         )
         self.output_proj = nn.Sequential(
-            FloatLayerNorm(config.lune_expert_dim, device=where.get("device")),
-            ops.float_linear(config.lune_expert_dim, dim, **where),
+            FloatLayerNorm(config.lune_expert_dim, device=device),
+            ops.float_linear(config.lune_expert_dim, dim, device=device),
         )
-        self.expert_gate = nn.Parameter(torch.zeros((), device=where.get("device")))
+        self.expert_gate = nn.Parameter(torch.zeros((), device=device))
 
     def forward(
         self,
@@ -108,7 +107,7 @@ class SolPrior(nn.Module):
     Both come from statistics of a teacher's attention, or a guess at them, mixed with a formula of the time.
     """
 
-    def __init__(self, config: TinyFluxConfig, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, config: TinyFluxConfig, *, ops: Ops, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.heads, self.side = config.num_attention_heads, config.sol_spatial_size
         hidden = config.sol_hidden_dim
@@ -116,24 +115,26 @@ class SolPrior(nn.Module):
 
         def predictor(num_outputs: int) -> nn.Sequential:
             return nn.Sequential(
-                ops.float_linear(given, hidden, **where),
+                ops.float_linear(given, hidden, device=device),
                 nn.SiLU(),
-                ops.float_linear(hidden, hidden, **where),
+                ops.float_linear(hidden, hidden, device=device),
                 nn.SiLU(),
-                ops.float_linear(hidden, num_outputs, **where),
+                ops.float_linear(hidden, num_outputs, device=device),
             )
 
         self.stat_predictor = predictor(3)
         self.spatial_predictor = predictor(self.side**2)
         self.stat_to_temperature = nn.Sequential(
-            ops.float_linear(3, hidden // 2, **where),
+            ops.float_linear(3, hidden // 2, device=device),
             nn.SiLU(),
-            ops.float_linear(hidden // 2, self.heads, **where),
+            ops.float_linear(hidden // 2, self.heads, device=device),
         )
         # Files own this layer and no forward uses it.
-        self.spatial_to_qk_scale = ops.float_linear(1, self.heads, **where) if config.sol_qk_scale else None
+        self.spatial_to_qk_scale = (
+            ops.float_linear(1, self.heads, device=device) if config.sol_qk_scale else None
+        )
         share = min(max(config.sol_geometric_weight, 1e-4), 1 - 1e-4)
-        self.blend_gate = nn.Parameter(torch.logit(torch.tensor(share)).to(where.get("device")))
+        self.blend_gate = nn.Parameter(torch.logit(torch.tensor(share)).to(device))
 
     def forward(
         self,

@@ -95,23 +95,25 @@ class TinyFlux(nn.Module):
         self.config = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.hidden_size
-        self.img_in = ops.float_linear(config.token_dim, dim, **where)
-        self.txt_in = ops.float_linear(config.joint_attention_dim, dim, **where)
-        self.time_in = TimestepEmbedding(dim, ops=ops, **where)
+        self.img_in = ops.float_linear(config.token_dim, dim, device=device)
+        self.txt_in = ops.float_linear(config.joint_attention_dim, dim, device=device)
+        self.time_in = TimestepEmbedding(dim, ops=ops, device=device)
         self.vector_in = nn.Sequential(
-            nn.SiLU(), ops.float_linear(config.pooled_projection_dim, dim, **where)
+            nn.SiLU(), ops.float_linear(config.pooled_projection_dim, dim, device=device)
         )
         self.t5_pool = self.text_balance = None
         if config.use_t5_vec:
             self.t5_pool = nn.Sequential(
-                ops.float_linear(config.joint_attention_dim, dim, **where),
+                ops.float_linear(config.joint_attention_dim, dim, device=device),
                 nn.SiLU(),
-                ops.float_linear(dim, dim, **where),
+                ops.float_linear(dim, dim, device=device),
             )
             self.text_balance = nn.Parameter(torch.zeros((), device=device))
-        self.guidance_in = TimestepEmbedding(dim, ops=ops, **where) if config.guidance_embeds else None
-        self.lune_predictor = LunePredictor(config, ops=ops, **where) if config.use_lune_expert else None
-        self.sol_prior = SolPrior(config, ops=ops, **where) if config.use_sol_prior else None
+        self.guidance_in = TimestepEmbedding(dim, ops=ops, device=device) if config.guidance_embeds else None
+        self.lune_predictor = (
+            LunePredictor(config, ops=ops, device=device) if config.use_lune_expert else None
+        )
+        self.sol_prior = SolPrior(config, ops=ops, device=device) if config.use_sol_prior else None
         self.rope = RotaryTables(config.axes_dims_rope, device)
         self.double_blocks = nn.ModuleList(
             DoubleBlock(config, ops=ops, **where) for _ in range(config.num_double_layers)
@@ -120,7 +122,7 @@ class TinyFlux(nn.Module):
             SingleBlock(config, ops=ops, **where) for _ in range(config.num_single_layers)
         )
         self.final_norm = RMSNorm(dim, device)
-        self.final_linear = ops.float_linear(dim, config.token_dim, **where)
+        self.final_linear = ops.float_linear(dim, config.token_dim, device=device)
         self._initialise()
 
     def _initialise(self) -> None:

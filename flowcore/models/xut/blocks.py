@@ -1,8 +1,8 @@
 """The parts of XUT: embedders, norms, attentions, and the block made of them.
 
-Parameters carry the names of the published checkpoints. The stream, the norms and the rotations are float32
-whatever the matrices compute in, and so are the parameters of norms and rotations: log frequencies rounded to
-half precision change the output by several percent.
+Parameters carry the names of the published checkpoints. The stream, the norms, the modulations and the
+rotations are float32 whatever the blocks' matrices compute in, and so are their parameters: log frequencies
+rounded to half precision change the output by several percent.
 Source: KohakuBlueleaf/HDM; the residual of `residual=prenorm` and the cross-attention of `skip_source=self`
 are those of MK040412/Ouroboros.
 """
@@ -53,13 +53,13 @@ class Signals:
 class PatchEmbed(nn.Module):
     """Convolution whose stride is its size: a grid of latents becomes a row of tokens."""
 
-    def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, config: XUTConfig, *, ops: Ops, device: torch.device | str | None = None) -> None:
         super().__init__()
         side = config.patch_size
-        self.proj = ops.conv2d(config.input_dim, config.dim, kernel_size=side, stride=side, **where)
+        self.proj = ops.float_conv2d(config.input_dim, config.dim, side, stride=side, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return tokens `b n d` of latents `b c h w`, rows first."""
+        """Return tokens `b n d`, float32, of latents `b c h w`, rows first."""
         grid: Tensor = self.proj(x)
         return rearrange(grid, "b d h w -> b (h w) d")
 
@@ -67,13 +67,13 @@ class PatchEmbed(nn.Module):
 class UnPatch(nn.Module):
     """The projection back to latents; the grid is rearranged by the model."""
 
-    def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, config: XUTConfig, *, ops: Ops, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.proj = ops.linear(config.dim, config.patch_size**2 * config.input_dim, **where)
+        self.proj = ops.float_linear(config.dim, config.patch_size**2 * config.input_dim, device=device)
         nn.init.normal_(self.proj.weight, std=config.dim**-2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return `b n (p p c)` of tokens `b n d`."""
+        """Return `b n (p p c)`, float32, of tokens `b n d`."""
         patches: Tensor = self.proj(tokens)
         return patches
 
@@ -83,11 +83,11 @@ class TimestepEmbedding(nn.Module):
 
     freqs: Tensor
 
-    def __init__(self, dim: int, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, dim: int, *, ops: Ops, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer("freqs", timestep_frequencies(dim, where.get("device")))
-        self.proj = nn.Sequential(ops.float_linear(dim, dim, **where), nn.Mish())
+        self.register_buffer("freqs", timestep_frequencies(dim, device))
+        self.proj = nn.Sequential(ops.float_linear(dim, dim, device=device), nn.Mish())
 
     def forward(self, t: Tensor) -> Tensor:
         """Return `b 1 d`, float32, for times `b`."""
@@ -118,12 +118,12 @@ class DyT(nn.Module):
 class AdaLN(nn.Module):
     """Norm, then the modulation that the time gives: from the block's own head, or shared by the network."""
 
-    def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
+    def __init__(self, config: XUTConfig, *, ops: Ops, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.norm = (DyT if config.use_dyt else RMSNorm)(config.dim, where.get("device"))
+        self.norm = (DyT if config.use_dyt else RMSNorm)(config.dim, device)
         self.adaln = None
         if not config.shared_adaln:
-            self.adaln = zero_init(ops.float_linear(config.dim, 3 * config.dim, **where))
+            self.adaln = zero_init(ops.float_linear(config.dim, 3 * config.dim, device=device))
 
     def forward(self, x: Tensor, condition: Tensor, shared: Modulation | None) -> tuple[Tensor, Tensor]:
         """Return norm(x) * scale + shift and the gate `b 1 d`, float32."""
@@ -158,8 +158,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = ops.linear(config.dim, 3 * config.dim, bias=False, **where)
-        self.out = ops.linear(config.dim, config.dim, **where)
+        self.qkv = ops.wide_linear(config.dim, 3 * config.dim, bias=False, **where)
+        self.out = ops.wide_linear(config.dim, config.dim, **where)
         self.rope = AxialRoPE(config, where.get("device"))
 
     def forward(
@@ -180,9 +180,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: XUTConfig, context_dim: int, *, ops: Ops, **where: Any) -> None:
         super().__init__()
         self.heads = config.heads
-        self.q = ops.linear(config.dim, config.dim, bias=False, **where)
-        self.kv = ops.linear(context_dim, 2 * config.dim, bias=False, **where)
-        self.out = ops.linear(config.dim, config.dim, **where)
+        self.q = ops.wide_linear(config.dim, config.dim, bias=False, **where)
+        self.kv = ops.wide_linear(context_dim, 2 * config.dim, bias=False, **where)
+        self.out = ops.wide_linear(config.dim, config.dim, **where)
         self.rope = AxialRoPE(config, where.get("device"))
 
     def forward(
@@ -213,8 +213,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: XUTConfig, *, ops: Ops, **where: Any) -> None:
         super().__init__()
-        self.w12 = ops.linear(config.dim, 2 * config.mlp_dim, **where)
-        self.w3 = ops.linear(config.mlp_dim, config.dim, **where)
+        self.w12 = ops.wide_linear(config.dim, 2 * config.mlp_dim, **where)
+        self.w3 = ops.wide_linear(config.mlp_dim, config.dim, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `b n d`."""
@@ -233,12 +233,13 @@ class Block(nn.Module):
         super().__init__()
         self.is_prenorm = config.residual == "prenorm"
         self.attends_to_itself = config.skip_source == "self"
+        device = where.get("device")
         self.attn = SelfAttention(config, ops=ops, **where)
         self.xattn = None if context_dim is None else CrossAttention(config, context_dim, ops=ops, **where)
         self.mlp = SwiGLU(config, ops=ops, **where)
-        self.attn_pre_norm = AdaLN(config, ops=ops, **where)
-        self.xattn_pre_norm = None if context_dim is None else AdaLN(config, ops=ops, **where)
-        self.mlp_pre_norm = AdaLN(config, ops=ops, **where)
+        self.attn_pre_norm = AdaLN(config, ops=ops, device=device)
+        self.xattn_pre_norm = None if context_dim is None else AdaLN(config, ops=ops, device=device)
+        self.mlp_pre_norm = AdaLN(config, ops=ops, device=device)
 
     def forward(
         self, x: Tensor, signals: Signals, attention: AttentionFn, encoded: Tensor | None = None

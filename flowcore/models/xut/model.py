@@ -61,27 +61,27 @@ class XUDiT(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.dim
 
-        self.in_patch = PatchEmbed(config, ops=ops, **where)
-        self.time_emb = TimestepEmbedding(dim, ops=ops, **where)
-        self.r_emb = TimestepEmbedding(dim, ops=ops, **where) if config.double_t else None
+        self.in_patch = PatchEmbed(config, ops=ops, device=device)
+        self.time_emb = TimestepEmbedding(dim, ops=ops, device=device)
+        self.r_emb = TimestepEmbedding(dim, ops=ops, device=device) if config.double_t else None
         self.class_token = ops.embedding(config.class_cond, dim, **where) if config.class_cond else None
         self.ctx_proj = None
         if config.concat_ctx and config.ctx_dim is not None:
-            self.ctx_proj = ops.linear(config.ctx_dim, dim, **where)
+            self.ctx_proj = ops.float_linear(config.ctx_dim, dim, device=device)
         self.addon_info_embs_proj = None
         if config.addon_info_embs_dim is not None:
             self.addon_info_embs_proj = nn.Sequential(
-                ops.float_linear(config.addon_info_embs_dim, dim, **where),
+                ops.float_linear(config.addon_info_embs_dim, dim, device=device),
                 nn.Mish(),
-                zero_init(ops.float_linear(dim, dim, **where)),
+                zero_init(ops.float_linear(dim, dim, device=device)),
             )
 
         def shared_head() -> nn.Sequential:
             return nn.Sequential(
                 FloatLayerNorm(dim, eps=config.ln_eps, device=device),
-                ops.float_linear(dim, 4 * dim, **where),
+                ops.float_linear(dim, 4 * dim, device=device),
                 nn.Mish(),
-                zero_init(ops.float_linear(4 * dim, 3 * dim, **where)),
+                zero_init(ops.float_linear(4 * dim, 3 * dim, device=device)),
             )
 
         self.shared_adaln_attn = shared_head() if config.shared_adaln else None
@@ -94,7 +94,7 @@ class XUDiT(nn.Module):
             self.prev_tread_trns = PlainBlocks(config, before, ops=ops, **where)
             self.post_tread_trns = PlainBlocks(config, after, ops=ops, **where)
         self.backbone = Backbone(config, ops=ops, **where)
-        self.out_patch = UnPatch(config, ops=ops, **where)
+        self.out_patch = UnPatch(config, ops=ops, device=device)
 
     def forward(
         self,
@@ -130,7 +130,7 @@ class XUDiT(nn.Module):
         height, width = x.shape[-2:]
         stream = self.embed(x, t, ctx, ctx_mask=ctx_mask, pos_map=pos_map, r=r, addon_info=addon_info)
         tokens, _ = self.transform(stream, tread_rate=tread_rate, generator=generator, runtime=runtime)
-        patches = self.out_patch(tokens[:, : stream.num_image].to(x.dtype))  # b n (p p c)
+        patches = self.out_patch(tokens[:, : stream.num_image]).to(x.dtype)  # b n (p p c)
         latents = unpatchify(patches, stream.rows, stream.columns, self.config.patch_size)  # b c h w
         return latents[..., :height, :width]
 
