@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 
 from .errors import CheckpointError, ConfigError
+from .hub import PREFIX
 from .text.encoder import TextMode
-from .text.hub import PREFIX
 from .vae.autoencoder import Autoencoder, load_vae
 from .vae.latent_spec import spec_from_metadata
 from .vae.tiling import Tiling

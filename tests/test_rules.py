@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 60
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"}
 
 # Folder -> what its files may import of the project; a longer folder name decides before a shorter one.
-BASE = {"flowcore.errors", "flowcore.ops", "flowcore.conditioning", "flowcore.lazy"}
+BASE = {"flowcore.errors", "flowcore.ops", "flowcore.conditioning", "flowcore.lazy", "flowcore.hub"}
 MAY_IMPORT = {
     "flowcore": {"flowcore"},
     "flowcore/flow": {"flowcore.flow", "flowcore.errors"},

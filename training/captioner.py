@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowcore.devices import find_device, find_dtype
 from flowcore.errors import CheckpointError
-from flowcore.text.hub import fetch, is_address
+from flowcore.hub import fetch, is_address
 from flowcore.text.qwen3_vl import IMAGE, ChatTokenizer, fit_pictures, to_patches
 
 KINDS = ("qwen3_vl", "qwen3_vl_moe")

@@ -9,10 +9,11 @@ from pathlib import Path
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.exo.facts import TRAINING, VAE, describe_training, describe_vae
 from flowcore.exo.loading import byte_tokenizer, prompt_reader
+from flowcore.hub import find_folder
 from flowcore.models.exo import Exo, ExoConfig
 from flowcore.models.exo.lora import describe_changes
 from flowcore.text.qwen3_vl import ChatTokenizer, PromptReader, Tokenizer
-from flowcore.weights.exo import FORMAT, find_folder, load_trunk, trunk_reference
+from flowcore.weights.exo import FORMAT, load_trunk, trunk_reference
 from training.config import RunConfig
 from training.loop import DTYPES
 from training.stages import stage_at, stages_of

@@ -10,12 +10,13 @@ import torch
 from ..assets import list_builtin
 from ..devices import find_dtype
 from ..errors import CheckpointError, ConfigError
+from ..hub import find_folder
 from ..models.exo import Exo, ExoConfig
 from ..models.exo.trunk_config import BYTE_TOKENS
 from ..parts import Source, part_source
 from ..text.qwen3_vl import ByteTokenizer, ChatTokenizer, PromptReader, Tokenizer
 from ..weights.checkpoint import LoadedModel
-from ..weights.exo import attach_trunk, find_folder, load_trunk, trunk_folder
+from ..weights.exo import attach_trunk, load_trunk, trunk_folder
 from ..weights.placement import move
 from .facts import stated_vae
 from .offload import check_offload, place

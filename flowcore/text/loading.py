@@ -11,9 +11,9 @@ import torch
 from ..assets import resolve
 from ..conditioning import TextShape
 from ..errors import CheckpointError, ConfigError
+from ..hub import PREFIX, fetch, is_address, looks_like_address
 from .encoder import NetworkTextEncoder, TextEncoder
 from .files import is_tokenizer, read_text_files, read_tokenizer
-from .hub import PREFIX, fetch, is_address, looks_like_address
 from .pair import PairTextEncoder
 
 Source: TypeAlias = str | Path

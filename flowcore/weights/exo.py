@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..hub import find_folder
 from ..lazy import LazyTensors, renamed
 from ..models.exo import Exo
 from ..models.exo.lora import describe_changes
@@ -173,26 +174,6 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
         weight = tensors[name].detach().to("cpu", torch.bfloat16)
         digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def find_folder(
-    source: str | Path, *, revision: str | None = None, may_download: bool = False, what: str = "trunk"
-) -> Path:
-    """Return the folder of a checkpoint: the source itself, or the repository's in the Hugging Face cache.
-
-    Raises: CheckpointError if it is neither, and may not or cannot be fetched.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, local_files_only=not may_download))
-    except (OSError, ValueError) as err:  # what the library raises for names, caches and connections
-        raise CheckpointError(
-            f"the {what} {source} must be a folder, or a repository in the Hugging Face cache, got neither "
-            f"({type(err).__name__}); pass a {what}'s folder or may_download=True"
-        ) from err
 
 
 def _describe_trunk(model: Exo, trunk: str | None) -> dict[str, Any]:

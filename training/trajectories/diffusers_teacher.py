@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcore.devices import find_device, find_dtype
 from flowcore.errors import CheckpointError, ConfigError
-from flowcore.text.hub import PREFIX, download, looks_like_address
+from flowcore.hub import PREFIX, download, looks_like_address
 from flowcore.vae.latent_spec import LATENT_SPECS, LatentSpec, scaled_spec, spec_from_statistics
 from training.data.trajectories import draw_start
 from training.encoders import file_identity

@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from flowcore.errors import CheckpointError
+from flowcore.hub import find_folder
 from flowcore.text.loading import load_text_encoder
 from tests import tiny
 from tests.unit.text.small import PROMPTS, write_folders
@@ -36,10 +37,13 @@ class Hub:
         self.folder = folder
         self.asked: list[str] = []
         self.wanted: set[str] = set()
+        self.options: dict[str, Any] = {}
 
     def snapshot_download(self, repo: str, **options: Any) -> str:
         self.asked.append(repo)
-        self.wanted = set(filter_repo_objects(FILES, **options))
+        self.options = options
+        patterns = {name: value for name, value in options.items() if name.endswith("_patterns")}
+        self.wanted = set(filter_repo_objects(FILES, **patterns))
         return str(self.folder)
 
 
@@ -101,6 +105,24 @@ def test_a_hub_out_of_reach_or_without_weights_is_one_line(hub: Hub, monkeypatch
         CheckpointError, match=r"within reach, got .*Connection refused; check name"
     ) as caught:
         load_text_encoder("hub:some/one")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_is_fetched_where_it_may_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_folder(hub.folder) == hub.folder
+    assert hub.asked == []
+    for may_download in (False, True):
+        assert find_folder("some/trunk", revision="v1", may_download=may_download) == hub.folder
+        assert hub.options == {"revision": "v1", "local_files_only": not may_download}
+    assert hub.wanted == FILES
+
+    def absent(_repo: str, **_options: Any) -> str:
+        raise LocalEntryNotFoundError("Not in the cache\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    expected = r"the VAE some/vae must be a folder, or .* \(Not in the cache\); pass a VAE's folder"
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        find_folder("some/vae", what="VAE")
     assert "\n" not in str(caught.value)
 
 
