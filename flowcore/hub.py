@@ -1,4 +1,4 @@
-"""Folders from the Hugging Face hub, where asked for: `hub:OWNER/NAME[/FOLDER]`, or a repository OWNER/NAME."""
+"""Folders from the Hugging Face hub, where asked for: hub:OWNER/NAME[/FOLDER], or a repository OWNER/NAME."""
 
 import re
 from collections.abc import Sequence

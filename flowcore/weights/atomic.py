@@ -19,10 +19,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """
     target = Path(path)
     partial = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(separate, partial, metadata=dict(metadata))
+        save_file(_separate(tensors), partial, metadata=dict(metadata))
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
@@ -32,6 +31,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     finally:
         with contextlib.suppress(OSError):  # the folder may be no folder
             partial.unlink(missing_ok=True)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU; copies only of those that have memory in common with another."""
+    result = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name, tensor in sorted(result.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            result[name] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
+    return result
 
 
 def _umask() -> int:

@@ -33,8 +33,30 @@ LIMIT = 1.2
 Case: TypeAlias = tuple[str, Path, str | None]
 """What is loaded, from where, and in which dtype; None = as stored."""
 
-MEASURE = """
+COUNTER = """
 import json, sys, torch
+
+def kibibytes(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+def start():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak counts from here
+    return kibibytes("VmRSS")
+"""
+
+CONVERT = f"""{COUNTER}
+from flowcore.inspection import convert_file
+
+source, target, *layouts = sys.argv[1:]
+for layout in ("bare", *layouts):  # the first one counts whatever is imported, and is left out
+    before = start()
+    convert_file(source, target, layout)
+    print((kibibytes("VmHWM") - before) * 1024)
+"""
+
+MEASURE = f"""{COUNTER}
 
 def load(kind, path, dtype):
     if kind == "model":
@@ -55,17 +77,11 @@ def load(kind, path, dtype):
     from flowcore.text.loading import load_text_encoder
     return load_text_encoder(path, dtype=dtype)
 
-def kibibytes(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
-
 cases = json.loads(sys.argv[1])
-for kind, path, _ in {case[0]: case for case in cases}.values():
+for kind, path, _ in {{case[0]: case for case in cases}}.values():
     load(kind, path, None)  # whatever the first load of a kind imports
 for kind, path, dtype in cases:
-    before = kibibytes("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak counts from here
+    before = start()
     loaded = load(kind, path, None if dtype is None else getattr(torch, dtype))
     weights = [weight.detach() for weight in getattr(loaded, "model", loaded).parameters()]
     total = sum(float(weight.sum()) for weight in weights)  # every weight is read
@@ -103,9 +119,9 @@ def in_shards(state: Mapping[str, Tensor], folder: Path) -> Path:
     return folder
 
 
-def test_memory_of_models(tmp_path: Path) -> None:
+def flux_config() -> Any:
     row = find_architecture("flux")
-    config = row.config_from_dict(
+    return row.config_from_dict(
         {
             **row.presets["flux-dev"].to_dict(),
             "hidden_size": 512,
@@ -116,6 +132,23 @@ def test_memory_of_models(tmp_path: Path) -> None:
             "vec_in_dim": 64,
         }
     )
+
+
+def test_memory_of_conversion(tmp_path: Path) -> None:
+    """Names alone, and layers that are cut, joined and swapped."""
+    state = find_architecture("flux").model(flux_config(), device="meta").state_dict()
+    save_file(zeros(state, torch.float32), tmp_path / "in.safetensors")
+    files = [str(tmp_path / name) for name in ("in.safetensors", "out.safetensors")]
+    layouts = ("diffusion_model", "diffusers")
+    result = run_python("-c", CONVERT, *files, *layouts, MALLOC_MMAP_THRESHOLD_="65536")
+    assert result.returncode == 0, result.stderr
+    _, *peaks = map(int, result.stdout.split())
+    assert len(peaks) == 2
+    assert max(peaks) <= LIMIT * (tmp_path / "in.safetensors").stat().st_size
+
+
+def test_memory_of_models(tmp_path: Path) -> None:
+    row, config = find_architecture("flux"), flux_config()
     wide, narrow = (
         zeros(row.model(config, device="meta").state_dict(), dtype)
         for dtype in (torch.float32, torch.bfloat16)
