@@ -17,10 +17,11 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Write a model's tensors under other names, and print what was written."""
+    """Write a model's or a LoRA's tensors under other names, and print what was written."""
     from .inspection import convert_file
 
-    sys.stdout.write(convert_file(options.source, options.target, options.layout) + "\n")
+    line = convert_file(options.source, options.target, options.layout, base=options.base)
+    sys.stdout.write(line + "\n")
     return DONE
 
 
@@ -39,15 +40,23 @@ def convert_parser() -> Parser:
     """Return the options of `python -m flowcore convert`."""
     parser = Parser(
         prog="python -m flowcore convert",
-        description="Write the tensors of a model file under the names that other programs expect.",
+        description="Write the tensors of a model or LoRA file under the names that other programs expect.",
     )
-    parser.add_argument("source", metavar="IN", help="model file or bundled name, in any known layout")
+    parser.add_argument(
+        "source", metavar="IN", help="model or LoRA file, or bundled name, in any known layout"
+    )
     parser.add_argument("target", metavar="OUT", help="safetensors file, replaced if it exists")
     parser.add_argument(
         "--layout",
-        default="bare",
         metavar="NAME",
-        help="bare (the original names), or a prefix: diffusion_model, model.diffusion_model, ... (bare)",
+        help="of a model bare (the original names), diffusers, or a prefix: diffusion_model, "
+        "model.diffusion_model, ... (bare); of a LoRA diffusion_model, kohya, diffusers, or native, which is "
+        "TinyFlux's own (diffusion_model)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="FILE",
+        help="of a LoRA: the model file or bundled name that it is for (a published size that it fits)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

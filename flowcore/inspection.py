@@ -43,19 +43,32 @@ def describe_file(path_or_name: str | Path) -> dict[str, Any]:
     }
 
 
-def convert_file(source: str | Path, target: str | Path, layout: str) -> str:
-    """Write a model's tensors under the names of a layout; return one line on what was written.
+def convert_file(
+    source: str | Path, target: str | Path, layout: str | None = None, *, base: str | Path | None = None
+) -> str:
+    """Write a model's or a LoRA's tensors under the names of a layout; return one line on what was written.
 
     layout: "bare" for the architecture's own names, one of its prefixes, such as "diffusion_model", or one of
         its layouts that can be written, such as "diffusers"; that one makes a folder with a config.json of a
-        target without ending.
-    Raises: CheckpointError if the source is no model; ConfigError for an unknown layout, with the known ones.
+        target without ending. Of a LoRA diffusion_model, kohya, diffusers or native. None = the first named.
+    base: of a LoRA: its model, where it is for none of a published size.
+    Raises: CheckpointError if the source is neither; ConfigError for an unknown layout, with the known ones.
     """
     path = resolve(source)
     if Path(target).expanduser().resolve() == path.resolve():
         raise ConfigError(f"the output must be another file than the input, got {target} for both")
     tensors, metadata = read_tensors(path)
+    if is_adapter(tensors.keys()) and not _is_model(tensors, metadata):
+        from .weights.lora_conversion import convert_lora
+
+        model = None if base is None else resolve(base)
+        return convert_lora(
+            tensors, metadata, Path(target).expanduser(), layout, source=path.name, base=model
+        )
+    if base is not None:
+        raise ConfigError(f"--base must go with a LoRA, got {path.name}, which is none")
     loaded = build_model(tensors, metadata, source=path.name)
+    layout = layout or BARE
     prefixes = layouts_of(loaded.architecture)
     exports = {found.name: found for found in loaded.architecture.layouts if found.export is not None}
     if layout not in prefixes and layout not in exports:
@@ -79,6 +92,15 @@ def convert_file(source: str | Path, target: str | Path, layout: str) -> str:
     }
     write_tensors(file, state, {**loaded.metadata, **stated})
     return f"{target}: {loaded.architecture.name}, {len(state)} tensors, layout {layout}"
+
+
+def _is_model(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Return whether the tensors are a model's, which may hold adapters."""
+    try:
+        recognise(tensors, metadata)
+    except CheckpointError:
+        return False
+    return True
 
 
 def layouts_of(architecture: Architecture) -> dict[str, str]:

@@ -12,7 +12,7 @@ from . import exo, flux, single_stream, tinyflux, xut
 from .flux.layouts import diffusers_config, from_diffusers, from_scaled, is_diffusers, is_scaled, to_diffusers
 from .flux.lora import diffusers_names, lora_names
 from .tinyflux import layouts as tinyflux_layouts
-from .tinyflux.lora import native_to_standard
+from .tinyflux.lora import native_to_standard, standard_to_native
 from .xut.jax_port import JAX_SETTINGS, is_jax, jax_to_reference
 
 LayerNames: TypeAlias = Mapping[str, tuple[str, tuple[slice, ...]]]
@@ -93,6 +93,7 @@ class Architecture:
         lora_names: every foreign name by which LoRA files call a layer.
         diffusers_names: those of them that LoRA files in the layout of diffusers have.
         convert_lora: (tensors, metadata) of a LoRA file in a form of its own -> under usual keys.
+        export_lora: tensors under this project's keys -> tensors and metadata in that form, if there is one.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Architecture:
     lora_names: NameLayers = no_names
     diffusers_names: NameLayers = no_names
     convert_lora: ConvertLora = as_is
+    export_lora: Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, str]]] | None = None
 
 
 _PREFIXES = (
@@ -213,6 +215,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             ),
         ),
         convert_lora=native_to_standard,
+        export_lora=standard_to_native,
     ),
     Architecture(
         name="single_stream",

@@ -24,6 +24,10 @@ class Change:
     alpha: float | None = None
     key: str
 
+    def height(self, whole: int) -> int:
+        """Return how many rows change of a parameter with so many."""
+        return sum(len(range(*rows.indices(whole))) for rows in self.rows) or whole
+
     @property
     def replaces(self) -> bool:
         """Whether the parameter is set, and not added to."""
@@ -44,8 +48,7 @@ def changed(weight: Tensor, change: Change, strength: float, *, may_widen: bool 
     delta = _delta(change).to(weight.device)
     if may_widen and weight.ndim == 2 and delta.ndim == 2 and delta.shape[1] > weight.shape[1]:
         weight = functional.pad(weight, (0, delta.shape[1] - weight.shape[1]))
-    height = sum(len(range(*rows.indices(weight.shape[0]))) for rows in change.rows) or weight.shape[0]
-    delta = _fitting(delta, torch.Size((height, *weight.shape[1:])), change)
+    delta = _fitting(delta, torch.Size((change.height(weight.shape[0]), *weight.shape[1:])), change)
     magnitude = change.parts.get("magnitude")
     result, start = weight.clone(), 0
     for rows in change.rows or (slice(None),):

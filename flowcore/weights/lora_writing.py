@@ -1,10 +1,10 @@
 """LoRA files as this project, kohya's scripts, or diffusers name them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from .atomic import write_tensors
 from .lora import Lora
 from .lora_delta import Change
 
-LoraLayout = Literal["diffusion_model", "kohya", "diffusers"]
+LAYOUTS = ("diffusion_model", "kohya", "diffusers")
+NATIVE = "native"
 
 
 class LoraPair(NamedTuple):
@@ -31,13 +32,14 @@ def save_lora(
     pairs: Mapping[str, LoraPair],
     *,
     architecture: Architecture,
-    layout: LoraLayout = "diffusion_model",
+    layout: str = "diffusion_model",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write adapters, by the layers' own names, to a safetensors file, replacing an earlier one in one step.
 
     layout: `diffusion_model` is the project's own, which ComfyUI's LoRA loader takes for any model; `kohya`
-        has underscores in names; `diffusers` splits fused layers and folds alpha into the up matrix.
+        has underscores in names; `diffusers` splits fused layers and folds alpha into the up matrix; `native`
+        is the form of the architecture's own trainer, where it has one.
     metadata: further entries; they win over the standard ones.
     Raises: CheckpointError if the file cannot be written; ConfigError if the layout cannot hold the adapters.
     """
@@ -46,16 +48,21 @@ def save_lora(
         "flowcore.lora_rank": str(max((pair.down.shape[0] for pair in pairs.values()), default=0)),
         "flowcore.lora_targets": json.dumps(list(pairs)),
     }
-    tensors = lora_tensors(pairs, architecture=architecture, layout=layout)
+    if layout == NATIVE and architecture.export_lora is not None:
+        tensors, own = architecture.export_lora(lora_tensors(pairs, architecture=architecture))
+        standard |= own
+    else:
+        tensors = lora_tensors(pairs, architecture=architecture, layout=layout)
     write_tensors(path, tensors, {**standard, **(metadata or {})})
 
 
 def lora_tensors(
-    pairs: Mapping[str, LoraPair], *, architecture: Architecture, layout: LoraLayout = "diffusion_model"
+    pairs: Mapping[str, LoraPair], *, architecture: Architecture, layout: str = "diffusion_model"
 ) -> dict[str, Tensor]:
-    """Return adapters under the keys of a layout, as `save_lora` writes them."""
-    if layout not in get_args(LoraLayout):
-        raise ConfigError(f"the LoRA layout must be one of {get_args(LoraLayout)}, got {layout!r}")
+    """Return adapters under the keys of a layout other than `native`, as `save_lora` writes them."""
+    if layout not in LAYOUTS:
+        native = () if architecture.export_lora is None else (NATIVE,)
+        raise ConfigError(f"the LoRA layout must be one of {', '.join((*LAYOUTS, *native))}, got {layout!r}")
     if layout == "diffusers":
         return _diffusers_tensors(pairs, architecture)
     result = {}
@@ -83,7 +90,7 @@ def _diffusers_tensors(pairs: Mapping[str, LoraPair], architecture: Architecture
     result = {}
     for name, (layer, rows) in names.items():
         pair = pairs[layer]
-        up = pair.up * (pair.alpha / pair.down.shape[0])
+        up = scaled(pair.up, pair.alpha, pair.down.shape[0])
         result[f"transformer.{name}.lora_A.weight"] = pair.down
         result[f"transformer.{name}.lora_B.weight"] = torch.cat([up[part] for part in rows]) if rows else up
     return result
@@ -92,8 +99,10 @@ def _diffusers_tensors(pairs: Mapping[str, LoraPair], architecture: Architecture
 def to_pairs(lora: Lora, state: Mapping[str, Tensor]) -> dict[str, LoraPair]:
     """Return one pair for each layer that a LoRA changes, to write it in another layout.
 
-    Adapters of parts of a layer become one of the sum of their ranks: down matrices stacked, up matrices in
-    their rows and zero elsewhere, alpha / rank in the up matrix.
+    Adapters of parts of a layer that share their down matrix become one, exactly; others one of the sum of
+    their ranks: down matrices stacked, up matrices in their rows and zero elsewhere, alpha / rank in the up
+    matrix.
+    state: of the model that the LoRA is for; its shapes count alone.
     Raises: ConfigError if the LoRA holds anything besides pairs of matrices.
     """
     result = {}
@@ -104,20 +113,37 @@ def to_pairs(lora: Lora, state: Mapping[str, Tensor]) -> dict[str, LoraPair]:
             raise ConfigError(
                 f"a LoRA to rewrite must hold pairs alone, got {', '.join(other.parts)} in {other.key}"
             )
-        down = torch.cat([change.parts["down"].float() for change in changes])
-        up = torch.cat([_placed(change, state[parameter].shape[0]) for change in changes], dim=1)
-        result[parameter.removesuffix(".weight")] = LoraPair(down, up, float(down.shape[0]))
+        result[parameter.removesuffix(".weight")] = _joined(changes, state[parameter].shape[0])
     return result
 
 
+def _joined(changes: Sequence[Change], height: int) -> LoraPair:
+    """Return what several pairs do to one layer as a pair."""
+    down, alpha = changes[0].parts["down"], changes[0].alpha
+    ups = [_placed(change, height) for change in changes]
+    is_shared = all(change.alpha == alpha and torch.equal(change.parts["down"], down) for change in changes)
+    if is_shared:
+        up = ups[0] if len(ups) == 1 else torch.stack(ups).sum(dim=0, dtype=ups[0].dtype)
+        return LoraPair(down, up, float(down.shape[0] if alpha is None else alpha))
+    down = torch.cat([change.parts["down"].float() for change in changes])
+    ups = [
+        scaled(up, change.alpha, change.parts["down"].shape[0]).float()
+        for up, change in zip(ups, changes, strict=True)
+    ]
+    return LoraPair(down, torch.cat(ups, dim=1), float(down.shape[0]))
+
+
+def scaled(up: Tensor, alpha: float | None, rank: int) -> Tensor:
+    """Return up * alpha / rank, float32; up itself where the factor is 1."""
+    return up if alpha is None or alpha == rank else up.float() * (alpha / rank)
+
+
 def _placed(change: Change, height: int) -> Tensor:
-    """Return the scaled up matrix `height r` with its rows where the layer has them."""
-    up = change.parts["up"].float()
-    rank = change.parts["down"].shape[0]
-    up = up if change.alpha is None else up * (change.alpha / rank)
+    """Return the up matrix `height r` with its rows where the layer has them."""
+    up = change.parts["up"]
     if not change.rows:
         return up
-    result, start = up.new_zeros(height, rank), 0
+    result, start = up.new_zeros(height, up.shape[1]), 0
     for rows in change.rows:
         count = len(range(*rows.indices(height)))
         result[rows] = up[start : start + count]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from flowcore.models import find_architecture
 from flowcore.weights.checkpoint import load_model, save_model
 from flowcore.weights.lora import layer_shapes, load_lora, merged_tensors
-from flowcore.weights.lora_writing import LoraLayout, LoraPair, save_lora
+from flowcore.weights.lora_writing import LoraPair, save_lora
 from tests.comfy.server import Server, environment
 from tests.comfy.standins import MODEL, file_of
 from tests.comfy.test_server import Prompt, latent_of, node
@@ -20,7 +20,7 @@ from tests.support import CHAIN_LIMIT, FORWARD_LIMIT, assert_close
 
 pytestmark = pytest.mark.comfy
 PROCESS = Path(__file__).with_name("lora_process.py")
-LAYOUTS: tuple[LoraLayout, ...] = ("diffusion_model", "kohya")
+LAYOUTS: tuple[str, ...] = ("diffusion_model", "kohya")
 NAMES = ("xut", "flux", "tinyflux", "single_stream")
 """Exo's adapter is a part of its own file."""
 STRENGTH = 0.7
@@ -54,7 +54,7 @@ def loaded(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_key_is_left_and_the_weights_are_ours(
-    name: str, layout: LoraLayout, loaded: tuple[Path, dict[str, list[str]]]
+    name: str, layout: str, loaded: tuple[Path, dict[str, list[str]]]
 ) -> None:
     folder, left = loaded
     file = folder / f"{name}.lora.{layout}.safetensors"
@@ -67,12 +67,12 @@ def test_no_key_is_left_and_the_weights_are_ours(
         assert_close(theirs[key], tensor, limit=FORWARD_LIMIT, what=key)
 
 
-def name_of(architecture: str, layout: LoraLayout) -> str:
+def name_of(architecture: str, layout: str) -> str:
     """The name of a LoRA file: the loader keeps one that it has read under a name."""
     return f"{architecture}-{layout}.safetensors"
 
 
-def write_files(base: Path, architecture: str, layouts: tuple[LoraLayout, ...]) -> None:
+def write_files(base: Path, architecture: str, layouts: tuple[str, ...]) -> None:
     """LoRA files of every layer of a stand-in, and the stand-in with what they do merged into it."""
     models = base / "models"
     source = models / "diffusion_models" / (MODEL if architecture == "xut" else file_of(architecture))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flowcore.models import find_architecture
 from flowcore.weights.lora import layer_shapes, merge, merged_tensors, parse_lora, restore
-from flowcore.weights.lora_writing import LoraLayout, LoraPair, lora_tensors, to_pairs
+from flowcore.weights.lora_writing import LoraPair, lora_tensors, to_pairs
 
 from .layouts import ARCHS
 
@@ -87,7 +87,7 @@ def test_merging_is_undone_bit_by_bit(arch: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("layout", ["diffusion_model", "kohya"])
-def test_what_is_written_is_read_and_written_again(arch: str, layout: LoraLayout) -> None:
+def test_what_is_written_is_read_and_written_again(arch: str, layout: str) -> None:
     state = dict(model_of(arch).state_dict())
     row = find_architecture(arch)
     tensors = lora_tensors(pairs_of(state), architecture=row, layout=layout)

@@ -38,13 +38,17 @@ def test_written_files_are_read_back(layout: str, tmp_path: Path, state: dict[st
         assert_close(merged[f"{layer}.weight"], expected, limit=LIMIT)
 
 
-def test_parts_become_one_pair(state: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_parts_become_one_pair(is_shared: bool, state: dict[str, Tensor]) -> None:
     theirs = lora_tensors(
         {QKV: pair(QKV, state), PROJ: pair(PROJ, state)}, architecture=ROW, layout="diffusers"
     )
+    if not is_shared:
+        key = "transformer.transformer_blocks.0.attn.to_k.lora_A.weight"
+        theirs[key] = -theirs[key]
     lora = parse(theirs, state)
     pairs = to_pairs(lora, state)
-    assert pairs[QKV].down.shape == (3 * RANK, 16)
+    assert pairs[QKV].down.shape == (RANK if is_shared else 3 * RANK, 16)
     again = parse(lora_tensors(pairs, architecture=ROW), state)
     expected = merged_tensors(state, lora)
     for name, tensor in merged_tensors(state, again).items():

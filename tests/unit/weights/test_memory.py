@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from flowcore.models import find_architecture
+from flowcore.models import ModelConfig, find_architecture
 from flowcore.models.exo.trunk_config import TRUNKS
 from flowcore.models.flux.layouts import to_diffusers
 from tests.support import run_python
@@ -119,7 +119,7 @@ def in_shards(state: Mapping[str, Tensor], folder: Path) -> Path:
     return folder
 
 
-def flux_config() -> Any:
+def flux_config() -> ModelConfig:
     row = find_architecture("flux")
     return row.config_from_dict(
         {
