@@ -109,13 +109,11 @@ FACTS: Mapping[str, Facts] = {
 
 CURVES_FILE = "curves.safetensors"
 CAPTION = "a small yellow star above a large purple square on a white background"
-SINGLE_OBJECT = "a large yellow triangle in the center on a blue background"
-CAPTIONS = {"tinyflux": SINGLE_OBJECT}  # whose demo has learned the shapes of two objects least
 
 
 def text_to_image(architecture: str) -> Workflow:
     """The workflow of an architecture on its bundled demo."""
-    facts, caption = FACTS[architecture], CAPTIONS.get(architecture, CAPTION)
+    facts = FACTS[architecture]
     text = {
         "clip_name": "flowcore-scenes-text.safetensors",
         "text_mode": "sequence",
@@ -136,7 +134,7 @@ def text_to_image(architecture: str) -> Workflow:
             "3": Placed(
                 "FlowCoreLoadVAE", {"vae_name": "flowcore-scenes-vae.safetensors"}, (40, 360, 340, 58)
             ),
-            "4": Placed("CLIPTextEncode", {"clip": ["2", 0], "text": caption}, (440, 80, 400, 150), "Prompt"),
+            "4": Placed("CLIPTextEncode", {"clip": ["2", 0], "text": CAPTION}, (440, 80, 400, 150), "Prompt"),
             "5": Placed(
                 "CLIPTextEncode", {"clip": ["2", 0], "text": ""}, (440, 280, 400, 150), "Negative prompt"
             ),
