@@ -1,6 +1,8 @@
 """The trunk with an Exo file's low-rank changes added for good, and the file without them."""
 
+import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ..models.exo import Exo
 from ..models.exo.lora import LowRank, merged
 from ..weights.atomic import write_tensors
 from ..weights.checkpoint import LoadedModel, load_model, read_tensors
-from ..weights.exo import attach_trunk, load_trunk, save_exo, trunk_folder
+from ..weights.exo import MERGED, attach_trunk, load_trunk, save_exo, trunk_folder
 
 FILE, TRUNK = "exo.safetensors", "model.safetensors"
 _WRITTEN = ("exo.lora", "exo.trunk", "exo.format", "flowcore.config")
@@ -83,10 +85,20 @@ def _write_trunk(model: Exo, origin: Path, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in metadata.items() if key == "format"}
+    kept[MERGED] = _hash(changes, metadata.get(MERGED, ""))
     write_tensors(folder / TRUNK, {name: changed(name, t) for name, t in tensors.items()}, kept)
     for file in origin.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, folder / file.name)
+
+
+def _hash(changes: Mapping[str, LowRank], earlier: str) -> str:
+    """Return what tells merged changes from others; earlier: that of those in the trunk before."""
+    digest = hashlib.sha256(earlier.encode())
+    for change in changes.values():
+        for layer in (change.lora_A, change.lora_B):
+            digest.update((layer.weight.float().cpu() * change.scale).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_rest(loaded: LoadedModel, model: Exo, folder: Path) -> None:

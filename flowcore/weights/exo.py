@@ -25,6 +25,8 @@ from .checkpoint import LoadedModel, load_model, read_tensors, save_model
 from .strict import assign_strict
 
 FORMAT = "exo/1"
+MERGED = "exo.merged"
+"""Metadata of a trunk with changes added for good, which its fingerprint does not show: their hash."""
 _HEAD = "lm_head."
 _FINGERPRINTED = ("language_model.norm.weight", "language_model.layers.0.input_layernorm.weight")
 
@@ -79,7 +81,7 @@ def trunk_folder(
 def attach_trunk(
     loaded: LoadedModel, path: str | Path, network: nn.Module, *, source: str, any_trunk: bool = False
 ) -> None:
-    """Give the model of an Exo file its trunk; source: where that is from, for messages.
+    """Give the model of an Exo file its trunk; source: the folder that it is from.
 
     Raises: CheckpointError if the file was made for another one.
     """
@@ -90,6 +92,12 @@ def attach_trunk(
         raise CheckpointError(
             f"the trunk of {path} must have the fingerprint {stated[:12]} ({made_for}), got {found[:12]} in "
             f"{source}; the file was made for another trunk, pass that one"
+        )
+    needed, held = (str(place.get("merged"))[:12] for place in (reference, merged_mark(source)))
+    if needed != held and not any_trunk:
+        raise CheckpointError(
+            f"the trunk of {path} must have the merged changes {needed}, got {held} in {source}; the file "
+            "was made for the trunk before or after a merge, pass that one"
         )
     cast("Exo", loaded.model).attach(network.eval())
 
@@ -165,7 +173,14 @@ def trunk_reference(name: str | None, folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {"kind": "embedded"}
     found = _fingerprint(bare_trunk(read_tensors(folder)[0]))
-    return {"kind": "reference", "repo": name, "revision": None, "fingerprint": found}
+    reference = {"kind": "reference", "repo": name, "revision": None, "fingerprint": found}
+    return {**reference, **merged_mark(folder)}
+
+
+def merged_mark(folder: str | Path) -> dict[str, str]:
+    """Return what a file says of the merged changes of a folder's trunk; nothing where there are none."""
+    metadata = read_tensors(folder)[1]
+    return {"merged": metadata[MERGED]} if MERGED in metadata else {}
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -181,7 +196,8 @@ def _describe_trunk(model: Exo, trunk: str | None) -> dict[str, Any]:
     if model.config.embeds_trunk:
         return {"kind": "embedded"}
     found = None if model.trunk is None else fingerprint(model.trunk)
-    return {"kind": "reference", "repo": trunk, "revision": None, "fingerprint": found}
+    reference = {"kind": "reference", "repo": trunk, "revision": None, "fingerprint": found}
+    return {**reference, **(merged_mark(trunk) if trunk and Path(trunk).is_dir() else {})}
 
 
 def _reference(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flowcore.exo.merging import merge_file
 from flowcore.models.exo import Exo
 from flowcore.models.exo.trunk import build_trunk
 from flowcore.models.exo.trunk_config import TRUNKS
-from flowcore.weights.exo import load_exo, load_trunk, save_exo
+from flowcore.weights.exo import load_exo, load_trunk, save_exo, trunk_reference
 from tests.exo_recomputed import random_exo
 from tests.support import CHAIN_LIMIT, assert_close
 
@@ -54,6 +54,16 @@ def test_a_trunk_by_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found.config.lora_rank == 0
     assert found.metadata["flowcore.vae"] == "some-vae"
     assert_close(run(found.model), run(load_exo(file).model), limit=CHAIN_LIMIT)
+    refused = rf"must have the merged changes None, got [0-9a-f]{{12}} in {out}; the file was made"
+    with pytest.raises(CheckpointError, match=refused):  # its changes are in that trunk already
+        load_exo(file, trunk=out)
+    with pytest.raises(
+        CheckpointError, match=rf"must have the merged changes [0-9a-f]{{12}}, got None in {trunk}"
+    ):
+        load_exo(out / "exo.safetensors", trunk=trunk)
+    assert load_exo(file, trunk=out, any_trunk=True).model.lora is not None
+    assert trunk_reference("x", out)["merged"] == json.loads(found.metadata["exo.trunk"])["merged"]
+    assert "merged" not in trunk_reference("x", trunk)
     with safe_open(out / "exo.safetensors", framework="pt") as opened:
         assert not [name for name in opened.keys() if name.startswith(("lora.", "trunk."))]  # noqa: SIM118
         assert "exo.lora" not in opened.metadata()
