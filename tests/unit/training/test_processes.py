@@ -109,6 +109,8 @@ def test_two_processes_have_the_curve_of_one(alone: dict[str, Path], name: str, 
     assert_same_curve(path, strategy)
     assert (facts(path, strategy)["processes"], facts(path, strategy)["strategy"]) == (2, strategy)
     assert_near(path, strategy)
+    names = [sorted(p.name for p in (folder_of(path, n) / "samples").glob("*")) for n in (strategy, "one")]
+    assert names[0] == names[1]
 
 
 def assert_near(path: Path, name: str) -> None:
@@ -118,8 +120,6 @@ def assert_near(path: Path, name: str) -> None:
         assert found.keys() == wanted.keys()
         for key, tensor in found.items():
             assert (tensor - wanted[key]).abs().max() <= 1e-4, key
-    samples = [sorted(p.name for p in (folder_of(path, n) / "samples").glob("*")) for n in (name, "one")]
-    assert samples[0] == samples[1]
 
 
 @pytest.mark.parametrize("strategy", ["none", "fsdp2"])
