@@ -16,12 +16,7 @@ from tests.golden.rounding import rounding_ops
 from tests.golden.test_golden import run
 
 HALF = Options(dtype=torch.bfloat16)
-BEYOND_THE_LIMIT = (
-    "tinyflux/v42_predict",
-    "tinyflux/v42_teacher",
-    "xut/jax_xudit_concat_shared",
-    "xut/xudit_concat_shared",
-)
+BEYOND_THE_LIMIT = ("tinyflux/v42_predict", "xut/jax_xudit_concat_shared")
 """Small random models that exact arithmetic on rounded matrices and their inputs moves by over 0.03."""
 
 
@@ -37,7 +32,7 @@ def velocity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], options
 
 
 @pytest.mark.parametrize("name", BEYOND_THE_LIMIT)
-def test_models_near_these_lose_little_more_than_the_rounding_costs(name: str) -> None:
+def test_models_near_these_lose_no_more_than_the_rounding_costs(name: str) -> None:
     """One model's error is luck; the mean of five, whose weights differ in the eighth bit, is less so."""
     tensors, metadata = read(name)
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +49,7 @@ def test_models_near_these_lose_little_more_than_the_rounding_costs(name: str) -
         logs.append([judge(Case("", result, exact)).relative for result in found])
     ours, floor = torch.tensor(logs).log().mean(dim=0).exp().tolist()
     assert floor > 0.03
-    assert ours < 1.5 * floor
+    assert ours < floor
 
 
 def test_report_states_the_floor(tmp_path: Path) -> None:

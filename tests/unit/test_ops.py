@@ -22,11 +22,11 @@ def test_float_layers_take_any_dtype(dtype: torch.dtype, bias: bool) -> None:
 
 
 @torch.no_grad()
-def test_wide_layers_compute_float16_in_float32_on_a_cpu() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wide_layers_compute_half_precision_in_float32_on_a_cpu(dtype: torch.dtype) -> None:
     layer, x = TORCH_OPS.wide_linear(64, 8), torch.randn(3, 64)
-    half = TORCH_OPS.wide_linear(64, 8, dtype=torch.float16)
+    half = TORCH_OPS.wide_linear(64, 8, dtype=dtype)
     half.load_state_dict(layer.state_dict())
-    expected = torch.nn.functional.linear(x.half().float(), half.weight.float(), half.bias.float())
-    assert torch.equal(half(x.half()), expected)
+    expected = torch.nn.functional.linear(x.to(dtype).float(), half.weight.float(), half.bias.float())
+    assert torch.equal(half(x.to(dtype)), expected)
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
