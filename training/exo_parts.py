@@ -20,7 +20,11 @@ from training.stages import stage_at, stages_of
 
 
 def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
-    """Raises: ConfigError, CheckpointError if the trunk or a stage's task do not fit the model's sizes."""
+    """Raises: ConfigError, CheckpointError if the run cannot be: compiled, or with another trunk or task."""
+    if config.train.compile:
+        raise ConfigError(
+            "train.compile must be false for exo, whose prompts and steps are calls of their own, got true"
+        )
     trunk_folder(config, model_config)
     tables = [config, *(config.stage(number) for number in range(len(config.train.stages)))]
     is_language = any(table.train.exo.task == "language" for table in tables)

@@ -204,7 +204,7 @@ class FlowMatchingObjective:
         """The velocity `b c h w` of noised samples."""
         recipe = self.recipe_at(draw.step)
         return self.architecture.velocity(
-            self.module.forward,
+            self.module,
             draw.sample.noised,
             draw.sigma,
             conditioning,
@@ -304,7 +304,7 @@ class FlowMatchingObjective:
 
         def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
             result = self.architecture.velocity(
-                self.module.forward, x.repeat(2, 1, 1, 1), sigma.repeat(2), conditioning, **options
+                self.module, x.repeat(2, 1, 1, 1), sigma.repeat(2), conditioning, **options
             )
             conditional, unconditional = result.chunk(2)
             return conditional, unconditional

@@ -231,6 +231,7 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
             {"model": reference, "encoders": {"text": trunk}, "train": {"exo": {"task": "language"}}},
             "train.exo.task must be velocity or projector for preset 'tiny', whose trunk is by reference",
         ),
+        ({"train": {"compile": True}}, "train.compile must be false for exo"),
     ]
     for sections, text in cases:
         with pytest.raises(ConfigError, match=text):

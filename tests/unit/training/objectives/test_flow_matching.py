@@ -1,5 +1,6 @@
 """The flow-matching objective: keyed draws, accumulation, dropout of captions, previews."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,21 @@ def test_errors_of_other_captions_are_of_the_same_noise(tmp_path: Path) -> None:
     assert abs(own - other) > 1e-7
     assert torch.allclose(alone[0], own, rtol=1e-4)
     assert not torch.allclose(low[0], own, rtol=1e-2)
+
+
+def test_a_compiled_model_is_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compiled(call: Callable[..., Tensor], **_: object) -> Callable[..., Tensor]:
+        def run(*given: object, **named: object) -> Tensor:
+            calls.append(1)
+            return call(*given, **named)
+
+        return run
+
+    plain = objective(tmp_path).loss(0, slice(0, 4))
+    monkeypatch.setattr(torch, "compile", compiled)
+    made = objective(tmp_path, train={"steps": 1, "batch_size": 4, "compile": True})
+    assert not calls
+    assert torch.equal(made.loss(0, slice(0, 4)), plain)
+    assert len(calls) == 1
