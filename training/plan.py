@@ -42,7 +42,6 @@ def make_plan(prepared: Prepared, processes: int = 1) -> dict[str, Any]:
         "arch": prepared.architecture.name,
         "parameters": sum(p.numel() for p in module.parameters()),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "processes": processes,
         "memory": memory(module, prepared, max(buckets, key=lambda b: b.width * b.height), processes),
         "steps": config.train.steps,
         "epochs": config.train.steps * config.train.batch_size / len(prepared.samples),
@@ -195,10 +194,10 @@ def _warnings(config: RunConfig, buckets: Counter[Bucket], prepared: Prepared) -
     return lines
 
 
-def describe(plan: dict[str, Any]) -> str:
-    """The plan for a person."""
+def describe(plan: dict[str, Any], processes: int = 1) -> str:
+    """The plan for a person; its memory is that of each process."""
     memory_parts = plan["memory"]
-    share = f" of each of {plan['processes']} processes" if plan["processes"] > 1 else ""
+    share = f" of each of {processes} processes" if processes > 1 else ""
     lines = [
         f"{plan['arch']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} trained",
         f"data: {plan['images']:,} images in {len(plan['buckets'])} buckets, "

@@ -79,7 +79,7 @@ def _plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
     processes = arguments.processes or launched_size()
     check_processes(config, processes)
     plan = make_plan(prepare(config, stop), processes)
-    sys.stdout.write((json.dumps(plan) if arguments.json else describe(plan)) + "\n")
+    sys.stdout.write((json.dumps(plan) if arguments.json else describe(plan, processes)) + "\n")
     return DONE
 
 

@@ -126,8 +126,12 @@ def test_dtype_leaves_what_the_model_keeps_in_float32(tmp_path: Path, state: dic
     assert torch.equal(as_stored["time_emb.freqs"], state["time_emb.freqs"])
     for dtype in (torch.float32, torch.bfloat16):
         converted = load_model(tmp_path / "half.safetensors", dtype=dtype).model.state_dict()
-        assert converted["in_patch.proj.weight"].dtype == dtype
-        assert torch.equal(converted["in_patch.proj.weight"], half["in_patch.proj.weight"].to(dtype))
+        for name, kept in (
+            ("backbone.enc_blocks.0.0.attn.qkv.weight", dtype),
+            ("in_patch.proj.weight", torch.float32),
+        ):
+            assert converted[name].dtype == kept
+            assert torch.equal(converted[name], half[name].to(kept))
         assert converted["backbone.enc_blocks.0.0.attn.rope.freqs"].dtype == torch.float32
 
 
