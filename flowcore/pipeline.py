@@ -312,8 +312,9 @@ class Pipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the diffusion model computes in: the dtype of its weights."""
-        return next(self.model.model.parameters()).dtype
+        """What the diffusion model's matrices compute in: half precision if any of its weights is."""
+        dtypes = {p.dtype for p in self.model.model.parameters() if p.is_floating_point()}
+        return min(dtypes, key=lambda dtype: dtype.itemsize)
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """Return everything but prompt and seed that decides a picture, as JSON-like values."""

@@ -67,17 +67,17 @@ def test_exo_learns_from_scenes_and_edits_in_its_stages(tmp_path: Path) -> None:
     from training.state import read_checkpoint
 
     tiny = ("model.preset=tiny", "train.batch_size=2", "sampling.every_steps=0", "checkpoint.every_steps=1")
-    lengths = tuple(f"train.stages.{number}.steps=1" for number in range(3))
+    lengths = tuple(f"train.stages.{number}.steps=1" for number in range(4))
     changes = [part for key in (*tiny, *lengths) for part in ("--set", key)]
     assert demo.main(["model", "--arch", "exo", "--out", str(tmp_path), *changes]) == 0
     assert len(list((tmp_path / "scenes" / "edits").glob("*.source.png"))) == 8
-    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000003").facts["stage"] == 2
+    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000004").facts["stage"] == 3
     with safe_open(tmp_path / "exo-demo" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["flowcore.vae"] == "scenes-vae"
     assert json.loads(metadata["exo.vae"]) == {"family": "tiny", "repo": "scenes-vae", "subfolder": ""}
     assert json.loads(metadata["exo.training"]) == {
-        "stage": "joint", "step": 3, "data": ["one", "two", "edits"], "iterations": [1, 4],
+        "stage": "iterations", "step": 4, "data": ["one", "two", "edits"], "iterations": [1, 4],
     }  # fmt: skip
     assert metadata["flowcore.shift"] == "3.0"
     assert "flowcore.text_encoder" not in metadata
