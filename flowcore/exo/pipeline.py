@@ -92,6 +92,11 @@ class ExoPipeline(Pipeline):
         """The network."""
         return cast("Exo", self.model.model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What adapters, projector and heads compute in; the trunk may have a dtype of its own."""
+        return next(self.exo.adapters.parameters()).dtype
+
     def sized(self, settings: Settings, image: Image.Image | None = None) -> ExoSettings:
         """Return the settings as Exo's, with size and shift, as `Pipeline.sized`."""
         found = ExoSettings.of(Pipeline.sized(self, ExoSettings.of(settings), image))
