@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flowcore.ops import TORCH_OPS, Ops
+from flowcore.weights.checkpoint import LoadedModel, build_model
 from tests.golden.rounding import rounding_ops
 
 Tensors = Mapping[str, Tensor]
@@ -118,6 +119,23 @@ def stored_config(metadata: Metadata) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(metadata["config"])
     config.pop("class", None)
     return config
+
+
+def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
+    """The model of a file's weights and configuration, through the path that users' files take."""
+    return load_weights(part(tensors, "weight."), stored_config(metadata), options)
+
+
+def load_weights(weights: Tensors, settings: Mapping[str, Any], options: Options) -> LoadedModel:
+    """The model of weights by their own names, whose file states `settings`."""
+    return build_model(
+        weights,
+        {"flowcore.config": json.dumps(settings)},
+        source="weights",
+        device=options.device,
+        dtype=options.dtype,
+        ops=options.ops,
+    )
 
 
 def judge(case: Case) -> Verdict:

@@ -1,6 +1,5 @@
 """Golden cases of Flux: whole models, the two layouts of one model, and LoRA files on top of one."""
 
-import json
 from collections.abc import Callable, Iterator
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from flowcore.models import find_architecture
 from flowcore.models.flux.layouts import from_diffusers, to_diffusers
-from flowcore.weights.checkpoint import LoadedModel, build_model
+from flowcore.weights.checkpoint import LoadedModel
 from flowcore.weights.lora import merge, merged_tensors, parse_lora, restore
 from tests.golden.compare import (
     CHAIN_LIMIT,
@@ -20,6 +19,7 @@ from tests.golden.compare import (
     Outcome,
     Skipped,
     Tensors,
+    load_weights,
     part,
     stored_config,
 )
@@ -39,14 +39,7 @@ def load(weights: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
     """The model of weights, on the path of users' files; only what shapes do not tell is stated."""
     config = model_config(metadata)
     stated = {name: config[name] for name in ("axes_dim", "theta", "mlp_ratio", "qkv_bias")}
-    return build_model(
-        weights,
-        {"flowcore.config": json.dumps(stated)},
-        source="weights",
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    )
+    return load_weights(weights, stated, options)
 
 
 def model_config(metadata: Metadata) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """Golden cases of SingleStreamDiT: whole models and filters; training and samplers are in the file beside."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -12,7 +11,7 @@ from flowcore.models.single_stream import SingleStreamConfig, SingleStreamDiT
 from flowcore.models.single_stream.fourier import ChannelMixer, SpectralGain
 from flowcore.models.single_stream.positions import grid_angles
 from flowcore.ops import TORCH_OPS
-from flowcore.weights.checkpoint import LoadedModel, build_model
+from flowcore.weights.checkpoint import LoadedModel
 from tests.golden import single_stream_training
 from tests.golden.compare import (
     CHAIN_LIMIT,
@@ -24,6 +23,7 @@ from tests.golden.compare import (
     Outcome,
     Skipped,
     Tensors,
+    load,
     part,
     stored_config,
 )
@@ -41,19 +41,6 @@ def cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Ou
         "samplers": single_stream_training.sampler_cases,
     }
     yield from kinds[metadata["kind"]](tensors, metadata, options)
-
-
-def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
-    """The model of a file's weights, through the path that users' files take."""
-    settings = {"flowcore.config": json.dumps(stored_config(metadata))}
-    return build_model(
-        part(tensors, "weight."),
-        settings,
-        source="weights",
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    )
 
 
 def timed_forward(tensors: Tensors, metadata: Metadata, options: Options) -> Callable[[], Tensor] | None:

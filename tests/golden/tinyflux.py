@@ -17,7 +17,7 @@ from flowcore.flow.solvers import euler
 from flowcore.models.tinyflux import TinyFlux, TinyFluxConfig, velocity, velocity_and_experts
 from flowcore.models.tinyflux.config import config_differences
 from flowcore.models.tinyflux.lora import LoraConfig, learning_rates
-from flowcore.weights.checkpoint import LoadedModel, build_model
+from flowcore.weights.checkpoint import LoadedModel
 from flowcore.weights.lora import merge, parse_lora, restore
 from flowcore.weights.lora_delta import Change
 from tests.golden import tinyflux_formulas
@@ -31,6 +31,7 @@ from tests.golden.compare import (
     Outcome,
     Skipped,
     Tensors,
+    load,
     part,
     stored_config,
 )
@@ -50,18 +51,6 @@ def cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Ou
         "sol_attention_stats": tinyflux_formulas.attention_cases,
     }
     yield from kinds[metadata["kind"]](tensors, metadata, options)
-
-
-def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
-    """The model of a file's weights, through the path that users' files take."""
-    return build_model(
-        part(tensors, "weight."),
-        {"flowcore.config": json.dumps(stored_config(metadata))},
-        source="weights",
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    )
 
 
 def check_config(loaded: LoadedModel, metadata: Metadata) -> Checked:

@@ -14,7 +14,7 @@ from flowcore.flow import guided, interpolate, sigma_grid
 from flowcore.flow.solvers import euler
 from flowcore.models.xut import XUDiT, velocity
 from flowcore.models.xut.velocity import EXTRAS
-from flowcore.weights.checkpoint import LoadedModel, build_model
+from flowcore.weights.checkpoint import LoadedModel
 from tests.golden import xut_metrics, xut_modules
 from tests.golden.compare import (
     CHAIN_LIMIT,
@@ -26,6 +26,7 @@ from tests.golden.compare import (
     Outcome,
     Skipped,
     Tensors,
+    load,
     part,
     stored_config,
 )
@@ -45,19 +46,6 @@ def cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Ou
         "embedding_metrics": xut_metrics.embedding_cases,
     }
     yield from kinds[metadata["kind"]](tensors, metadata, options)
-
-
-def load(tensors: Tensors, metadata: Metadata, options: Options) -> LoadedModel:
-    """The model of a file's weights, through the path that users' files take."""
-    settings = {"flowcore.config": json.dumps(stored_config(metadata))}
-    return build_model(
-        part(tensors, "weight."),
-        settings,
-        source="weights",
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    )
 
 
 def timed_forward(tensors: Tensors, metadata: Metadata, options: Options) -> Callable[[], Tensor] | None:
@@ -210,15 +198,7 @@ def sample_latents(model: XUDiT, tensors: Tensors, metadata: Metadata, options: 
 
 def port_cases(tensors: Tensors, metadata: Metadata, options: Options) -> Iterator[Case]:
     """The JAX port: its names and its layout of images, loaded and run as ours."""
-    config = stored_config(metadata)
-    model = build_model(
-        part(tensors, "weight."),
-        {"flowcore.config": json.dumps(config)},
-        source="weights",
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    ).model
+    model = load(tensors, metadata, options).model
     inputs = model_inputs(tensors, options)
     inputs["x"] = rearrange(inputs["x"], "b h w c -> b c h w")
     with torch.no_grad():
