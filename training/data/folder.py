@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from training.config import Data, Dataset
 from training.data.images import image_size
 from training.data.latents import scan_latents
-from training.data.sample import SOURCE_ENDING, DataError, Reject, Sample, SampleError
+from training.data.sample import SOURCE_ENDING, DataError, Reject, Sample, SampleError, read_usable
 from training.data.trajectories import scan_trajectories
 from training.stop import StopFlag
 
@@ -50,22 +51,10 @@ def _scan_folder(
     images, rest = list_files(root, dataset.caption_extension)
     if not images:
         raise DataError(f"{where}: {root} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
-    samples: list[Sample] = []
-    refused: list[Reject] = []
     named = {path.with_suffix(end) for path in images for end in (dataset.caption_extension, SOURCE_ENDING)}
-    for path in [*images, *(path for path in rest if path not in named)]:
-        stop.check()
-        try:
-            samples.append(_read_sample(path, root, dataset.caption_extension, data))
-        except SampleError as err:
-            if not data.skips(err.setting):
-                raise
-            refused.append(Reject(err.path, err.reason))
-    rejects += refused
-    if not samples:
-        first = refused[0]
-        raise DataError(f"{where}: {root} must hold a usable image, got none; {first.path}: {first.reason}")
-    return samples
+    paths = [*images, *(path for path in rest if path not in named)]
+    read = partial(_read_sample, root=root, extension=dataset.caption_extension, data=data)
+    return read_usable(paths, read, data, rejects, stop, f"{where}: {root} must hold a usable image")
 
 
 def list_files(root: Path, caption_extension: str) -> tuple[list[Path], list[Path]]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from flowcore.vae.latent_spec import LATENT_SPECS
 from training.config import CELL, Data, Dataset
-from training.data.sample import LATENTS, SOURCE_LATENTS, DataError, Reject, Sample, SampleError, Stored
+from training.data.sample import (
+    LATENTS,
+    SOURCE_LATENTS,
+    DataError,
+    Reject,
+    Sample,
+    SampleError,
+    Stored,
+    read_usable,
+)
 from training.stop import StopFlag
 
 _TEXT = "context"
@@ -32,21 +42,8 @@ def scan_latents(
     files = sorted(path for path in root.glob("*.safetensors") if not path.name.startswith("."))
     if not files:
         raise DataError(f"{where}: {root} must be a folder of *.safetensors, found none there")
-    samples: list[Sample] = []
-    refused: list[Reject] = []
-    for path in files:
-        stop.check()
-        try:
-            samples.append(_read_header(path, data))
-        except SampleError as err:
-            if not data.skips(err.setting):
-                raise
-            refused.append(Reject(err.path, err.reason))
-    rejects += refused
-    if not samples:
-        first = refused[0]
-        raise DataError(f"{where}: {root} must hold a usable file, got none; {first.path}: {first.reason}")
-    return samples
+    need = f"{where}: {root} must hold a usable file"
+    return read_usable(files, partial(_read_header, data=data), data, rejects, stop, need)
 
 
 def _read_header(path: Path, data: Data) -> Sample:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flowcore.errors import FlowCoreError
+from training.config import Data
+from training.stop import StopFlag
 
 SOURCE_ENDING = ".source.png"
 """Behind the name of an image: the picture before the edit that its caption asks for."""
@@ -78,3 +80,32 @@ class Reject:
 
     path: Path
     reason: str
+
+
+def read_usable(
+    paths: Iterable[Path],
+    read: Callable[[Path], Sample],
+    data: Data,
+    rejects: list[Reject],
+    stop: StopFlag,
+    need: str,
+) -> list[Sample]:
+    """Samples of files, without those that `data` lets be skipped, which are added to `rejects`.
+
+    need: what the error says if none is left, such as `datasets.0.path: a must hold a usable image`.
+    Raises: DataError for that, and for a file that is not to be skipped; StoppedError.
+    """
+    samples: list[Sample] = []
+    refused: list[Reject] = []
+    for path in paths:
+        stop.check()
+        try:
+            samples.append(read(path))
+        except SampleError as err:
+            if not data.skips(err.setting):
+                raise
+            refused.append(Reject(err.path, err.reason))
+    rejects += refused
+    if not samples:
+        raise DataError(f"{need}, got none; {refused[0].path}: {refused[0].reason}")
+    return samples
