@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from tests.bench.cases import PRODUCT_SIDE
 
+_ATTENTION = "_scaled_dot_product"
+"""Start of the names of torch's attentions, whose own counts do not know shared keys."""
 _HIGH_WATER = Path("/proc/self/clear_refs")
 
 
@@ -41,21 +43,27 @@ def square_product(dtype: str, device: str) -> Callable[[], Tensor]:
 
 def count_gflop(call: Callable[[], object]) -> float:
     """10^9 floating-point operations of the matrix products, convolutions and attentions of a call."""
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    kinds = [f"{_ATTENTION}_{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
 
     def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:  # noqa: ANN401
-        return sdpa_flop_count(q, k, v)
+        return sdpa_flop_count(q, for_heads(q, k), for_heads(q, v))
 
     def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:  # noqa: ANN401
-        return sdpa_backward_flop_count(grad, q, k, v)
+        return sdpa_backward_flop_count(grad, q, for_heads(q, k), for_heads(q, v))
 
     own = {
-        cpu_attention: forward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        getattr(torch.ops.aten, name + ending): function
+        for name in (*kinds, f"{_ATTENTION}_flash_attention_for_cpu")
+        for ending, function in (("", forward), ("_backward", backward))
     }
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         call()
     return counter.get_total_flops() / 1e9
+
+
+def for_heads(queries: Any, shared: Any) -> tuple[int, ...]:  # noqa: ANN401
+    """The shape of keys or values `b h n e`, repeated for all queries that share them."""
+    return (shared[0], queries[1], *shared[2:])
 
 
 def reset_peak(device: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import sdpa_flop_count
 
 from tests.bench import __main__ as command
 from tests.bench.cases import (
@@ -24,7 +25,7 @@ from tests.bench.cases import (
     Job,
     suite,
 )
-from tests.bench.measure import count_gflop
+from tests.bench.measure import count_gflop, for_heads
 from tests.bench.references import REFERENCES
 from tests.bench.running import BenchError, Measured, Row, measure
 from tests.bench.subjects import inputs_of, own_subject
@@ -201,6 +202,16 @@ def test_operations_are_counted() -> None:
     with torch.no_grad():
         assert count_gflop(lambda: functional.scaled_dot_product_attention(q, k, k)) == pytest.approx(forward)
     assert count_gflop(backward) == pytest.approx(3.5 * forward)  # the weights are computed again
+
+
+def test_operations_of_attention_with_shared_keys_are_counted() -> None:
+    q, k = torch.randn(2, 6, 16, 8), torch.randn(2, 3, 16, 8)
+    forward = 2 * 2 * 2 * 6 * 16 * 16 * 8 / 1e9
+    assert count_gflop(
+        lambda: functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    ) == pytest.approx(forward)
+    shapes = torch.Size((2, 6, 16, 8)), torch.Size((2, 3, 16, 8))
+    assert sdpa_flop_count(shapes[0], for_heads(*shapes), for_heads(*shapes)) == forward * 1e9
 
 
 @pytest.mark.slow

@@ -77,9 +77,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_device(name: str) -> str:
-    """The device, if it is there."""
+    """The device, if it is there, with convolutions in full precision: torch's default for CUDA is TF32."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device must be cpu here, got cuda; torch sees no CUDA device")
+    torch.backends.cudnn.allow_tf32 = False
     return name
 
 
