@@ -5,7 +5,8 @@ earlier tokens as arguments. So it can be checkpointed, depends on no cache clas
 transformers is imported when a trunk is built.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -85,7 +86,7 @@ def build_trunk(
         settings = Qwen3VLConfig(
             **{key: dict(v) if isinstance(v, Mapping) else v for key, v in config.items()}
         )
-        with torch.device(device or "cpu"):
+        with torch.device(device or "cpu"), _made_in(dtype):
             trunk: nn.Module = Qwen3VLModel(settings)
     AttentionInterface.register(_ATTENTION, _attend_pictures)
     tower: Any = trunk.get_submodule("visual")
@@ -99,6 +100,17 @@ def build_trunk(
     for parameter in trunk.parameters():
         parameter.data = parameter.data.to(dtype=dtype)
     return trunk
+
+
+@contextlib.contextmanager
+def _made_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let new parameters have a dtype from the start: a large trunk never takes the memory of float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _attend_pictures(

@@ -1,8 +1,10 @@
 """Passes through the trunk against transformers' own forward; untouched trunk, LoRA as peft has it."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowcore.errors import CheckpointError, ShapeError
 from flowcore.models.exo import PRESETS, Exo
@@ -68,6 +70,23 @@ def test_prefix_equals_the_librarys_forward(has_picture: bool) -> None:
         assert_close(one.keys.transpose(1, 2)[mask], other.keys.transpose(1, 2)[mask], limit=FORWARD_LIMIT)
     expected = [int(positions[:, i, mask[i]].max()) + 1 for i in range(2)]
     assert own.first_position.tolist() == expected
+
+
+def test_a_trunk_is_made_in_its_dtype_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.dtype] = []
+    empty = torch.empty
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        result = empty(*args, **kwargs)
+        made.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch, "empty", watched)
+    trunk = build_trunk(TRUNKS["tiny"], dtype=torch.bfloat16)
+    assert made
+    assert torch.float32 not in made
+    assert {p.dtype for p in trunk.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_positions_equal_the_librarys() -> None:
