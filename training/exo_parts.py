@@ -30,13 +30,13 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
     is_language = any(table.train.exo.task == "language" for table in tables)
     if is_language and any(dataset.kind == "latents" for dataset in config.datasets):
         raise ConfigError(
-            "train.exo.task must be velocity or projector with a dataset of kind latents, which has no "
-            "captions, got language"
+            "train.exo.task must not be language with a dataset of kind latents, which has no captions; take "
+            "velocity, masks or projector"
         )
     if is_language and not model_config.embeds_trunk:
         raise ConfigError(
-            f"train.exo.task must be velocity or projector for preset {config.model.preset!r}, whose trunk "
-            "is by reference, got language"
+            f"train.exo.task must not be language for preset {config.model.preset!r}, whose trunk is by "
+            "reference; take velocity, masks or projector"
         )
 
 

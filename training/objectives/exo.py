@@ -1,4 +1,4 @@
-"""What exo learns: velocity and edits, its projector, or the words of its own trunk.
+"""What exo learns: velocity and edits, masks alone, its projector, or the words of its own trunk.
 
 Samples with a source picture are edits: the picture goes through the vision tower, its latents are what the
 edit is measured against. A batch holds edits or plain samples, in proportion to their numbers.
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcore.conditioning import Conditioning
+from flowcore.errors import ConfigError
 from flowcore.models import Architecture
 from flowcore.models.exo import Exo, PrefixState, StepResult
+from flowcore.models.exo.grids import on_grid
 from flowcore.models.exo.trunk import look
 from flowcore.text.qwen3_vl import PromptReader
 from training.data.buckets import Bucket
@@ -49,7 +51,8 @@ class ExoObjective(FlowMatchingObjective):
     ) -> None:
         """As `FlowMatchingObjective`.
 
-        Raises: ConfigError if a perceptual loss needs a package; DataError for encoded samples of others.
+        Raises: ConfigError if a perceptual loss needs a package, or masks no edits to learn from; DataError
+            for encoded samples of others.
         """
         super().__init__(module, architecture, data, image_encoder, chat, recipes, device=device, judge=judge)
         self.exo, self.chat = module, chat
@@ -59,8 +62,11 @@ class ExoObjective(FlowMatchingObjective):
         self.likeness = {
             recipe.exo.features: likeness(recipe.exo.features, image_encoder) for recipe in recipes
         }
+        tasks = {recipe.exo.task for recipe in recipes}
+        if "masks" in tasks and not any(sample.is_edit for sample in data.samples):
+            raise ConfigError("train.exo.task masks must have a dataset with source pictures, got none")
         self.heads: TokenHeads | None = None
-        if any(recipe.exo.task == "language" for recipe in recipes):
+        if "language" in tasks:
             vocab = module.config.trunk["text_config"]["vocab_size"]
             self.heads = TokenHeads(vocab, module.config.hidden_size, self.recipe.seed, device)
 
@@ -73,9 +79,19 @@ class ExoObjective(FlowMatchingObjective):
         """Loss of samples `part` of a step's batch, float32."""
         draw = self.draw(step, part)
         task = self.recipe_at(step).exo.task
-        if task == "projector":
-            return self._projector_loss(draw)
-        return self._language_loss(draw) if task == "language" else self._velocity_loss(draw)
+        losses = {
+            "velocity": self._velocity_loss,
+            "masks": self._masks_loss,
+            "projector": self._projector_loss,
+            "language": self._language_loss,
+        }
+        return losses[task](draw)
+
+    def groups_at(self, step: int) -> list[list[int]]:
+        """As for any model; edits alone where masks are learned."""
+        if self.recipe_at(step).exo.task != "masks":
+            return self.groups
+        return [group for group in self.groups if self.data.samples[group[0]].is_edit]
 
     def iterations(self, step: int) -> int:
         """Iterations of a step of training."""
@@ -140,7 +156,26 @@ class ExoObjective(FlowMatchingObjective):
             loss = loss + weights.edit * self._edit_loss(draw, prefix, result)
         if weights.perceptual:
             loss = loss + weights.perceptual * self._perceptual_loss(draw, result)
+        if weights.source and prefix.features is not None:
+            estimate = self.exo.projector.latents(prefix.features).float()
+            loss = loss + weights.source * functional.mse_loss(estimate, self._source_latents(draw))
         return loss
+
+    def _masks_loss(self, draw: Draw) -> Tensor:
+        """Mean cross-entropy of the masks of all iterations against the labels of edits."""
+        recipe, source = self.recipe_at(draw.step), self._source_latents(draw)
+        found = self.exo.refine(
+            draw.sample.noised,
+            draw.sigma,
+            self._prefix(draw, self.conditioning(draw)),
+            iterations=self.iterations(draw.step),
+            runtime=recipe.runtime(),
+        )
+        size = source.shape[-2:]
+        losses = [
+            label_loss(on_grid(one.edit.mask, size), source, draw.clean, recipe.exo.sparsity) for one in found
+        ]
+        return torch.stack(losses).mean()
 
     def _edit_loss(self, draw: Draw, prefix: PrefixState, result: StepResult) -> Tensor:
         """R, the price of the mask, and for edits the cross-entropy against their labels."""
@@ -149,7 +184,7 @@ class ExoObjective(FlowMatchingObjective):
         loss = weights.sparsity * mask.mean()
         estimate = result.clean.float()
         if self._is_edit(draw):
-            source = self.data.source_latents(draw.numbers).to(self.device)
+            source = self._source_latents(draw)
             labelled = label_loss(mask, source, draw.clean, weights.sparsity)
             loss = loss + weights.labels * labelled + kept_and_changed(mask, estimate, source, draw.clean)
         elif weights.plain_edits and len(result.iterations) > 1:
@@ -192,6 +227,9 @@ class ExoObjective(FlowMatchingObjective):
         table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
         spoken = torch.stack([self.heads.spoken_loss(state, ids, mask) for state in passed.taps])
         return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
+
+    def _source_latents(self, draw: Draw) -> Tensor:
+        return self.data.source_latents(draw.numbers).to(self.device)
 
     def _is_edit(self, draw: Draw) -> bool:
         return self.data.samples[draw.numbers[0]].is_edit

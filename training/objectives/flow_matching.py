@@ -135,9 +135,14 @@ class FlowMatchingObjective:
 
     def samples(self, step: int) -> list[int]:
         """Numbers of the samples in the global batch of a step."""
-        order = BatchOrder(self.recipe.seed, tuple(map(len, self.groups)), self.recipe_at(step).batch_size)
-        bucket, positions = order.batch(step)
-        return [self.groups[bucket][p] for p in positions]
+        groups = self.groups_at(step)
+        order = BatchOrder(self.recipe.seed, tuple(map(len, groups)), self.recipe_at(step).batch_size)
+        number, positions = order.batch(step)
+        return [groups[number][p] for p in positions]
+
+    def groups_at(self, step: int) -> list[list[int]]:  # noqa: ARG002 - of the same data in all steps
+        """Numbers of the samples that a step may draw from, those together that one batch can hold."""
+        return self.groups
 
     def batch_keys(self, step: int) -> tuple[str, list[str]]:
         """Size of the bucket and keys of the samples of a step's global batch."""

@@ -3,6 +3,7 @@
 Exo has no published weights; the presets follow the numbers of its description.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -46,6 +47,7 @@ class ExoConfig:
     time_dim: int = 1024
     projector_dim: int = 672
     feature_dim: int = 320
+    projector_upscale: int = 1
     diffusion_dim: int = 2048
     diffusion_depth: int = 15
     diffusion_head_dim: int = 128
@@ -237,6 +239,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     projector_dim, hidden = reader.shape("projector.inp.weight", 2)
     latent_channels, feature_dim = reader.shape("projector.out.weight", 4)[:2]
     diffusion_dim, _, patch, _ = reader.shape("diffusion_head.embed.weight", 4)
+    upscaled = reader.shape("projector.conv2.weight", 4)[0]
     rank_key = reader.find(re.compile(r"lora\.layers\.0\.self_attn\.q_proj\.lora_A\.weight"))
     embedded = {name.removeprefix("trunk."): t for name, t in tensors.items() if name.startswith("trunk.")}
     trunk = _read_trunk(hidden, adapters[-1] + 1, embedded, stored)
@@ -252,6 +255,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             "time_dim": reader.shape("tokens.timestep.fc1.weight", 2)[0],
             "projector_dim": projector_dim,
             "feature_dim": feature_dim,
+            "projector_upscale": math.isqrt(upscaled // feature_dim),
             "diffusion_dim": diffusion_dim,
             "diffusion_depth": len(reader.indices("diffusion_head.blocks.")),
             "diffusion_head_dim": reader.shape("diffusion_head.blocks.0.attn.q_norm.weight", 1)[0],

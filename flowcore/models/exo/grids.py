@@ -1,8 +1,10 @@
 """Grids over a picture: latents, and the memory whose cells cover 2 x 2 of them; and where cells lie."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,6 +23,11 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     if height % multiple == 0 and width % multiple == 0:
         return x
     return functional.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def on_grid(cells: Tensor, size: Sequence[int]) -> Tensor:
+    """Return `b hm wm` of memory cells `b (hm wm)`, for latents of a size (h, w)."""
+    return rearrange(cells, "b (h w) -> b h w", h=memory_grid(size[0], size[1])[0])
 
 
 def spread(cells: Tensor, grid: tuple[int, int], size: tuple[int, int], patch: int) -> Tensor:

@@ -25,8 +25,9 @@ class Projector(nn.Module):
         wide, narrow = config.projector_dim, config.feature_dim
         self.norm = RMSNorm(config.hidden_size, where.get("device"))
         self.inp = ops.linear(config.hidden_size, wide, **where)
+        self.upscale = config.projector_upscale
         self.conv1 = ops.conv2d(wide, wide, kernel_size=3, padding=1, **where)
-        self.conv2 = ops.conv2d(wide, narrow, kernel_size=3, padding=1, **where)
+        self.conv2 = ops.conv2d(wide, narrow * self.upscale**2, kernel_size=3, padding=1, **where)
         self.conv3 = ops.conv2d(narrow, narrow, kernel_size=3, padding=1, **where)
         self.out = ops.conv2d(narrow, config.latent_channels, kernel_size=3, padding=1, **where)
 
@@ -35,8 +36,9 @@ class Projector(nn.Module):
         x = functional.gelu(self.inp(self.norm(tokens).to(tokens.dtype)))
         x = rearrange(x, "b (h w) c -> b c h w", h=grid[0])
         x = x + functional.gelu(self.conv1(x))
-        x = functional.gelu(self.conv2(x))
-        x = functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = functional.pixel_shuffle(functional.gelu(self.conv2(x)), self.upscale)
+        if x.shape[-2:] != size:
+            x = functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
         return x + functional.gelu(self.conv3(x))
 
     def latents(self, features: Tensor) -> Tensor:

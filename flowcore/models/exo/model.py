@@ -5,8 +5,8 @@ iteration: they look at the latents, a head marks cells and writes into them, th
 was written; at the end the diffusion head gives the velocity. Time runs from 1 (noise) to 0.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ from .trunk import (
 )
 
 _TRUNK = "trunk."
+
+
+class Refinement(NamedTuple):
+    """An iteration: the trunk's pass over its suffix, its edit, and the edits so far, `b (hm wm) k`."""
+
+    passed: Pass
+    edit: Edit
+    edits: Tensor
 
 
 class Exo(nn.Module):
@@ -170,29 +178,17 @@ class Exo(nn.Module):
 
         Raises: ShapeError if the latents do not fit; ConfigError for a number of iterations out of range.
         """
-        check_latents(self.config, z, t, prefix.keep.shape[0], prefix.size)
-        if not 1 <= iterations <= MAX_ITERATIONS:
-            raise ConfigError(f"iterations must lie in 1..{MAX_ITERATIONS}, got {iterations}")
-        base = self.memory.base(z, prefix.features)
-        time = self.tokens.timestep(t, z.dtype)
-        past, edits = prefix.past, None
-        done: list[Edit] = []
-        velocities = []
-        for k in range(iterations):
-            memory = self.memory(base, edits, z.dtype)
-            passed = self._suffix(self.tokens(time, k), memory, prefix, past, k, runtime)
-            past = passed.past
-            edit = self.edit_head(memory, passed.hidden, runtime)
-            edits = edit.write(edits)
-            done.append(edit)
-            if every_iteration or k == iterations - 1:
-                suffix = self.diffusion_head.read(passed.taps, z.dtype)
+        velocities, done = [], []
+        for found in self.refine(z, t, prefix, iterations=iterations, runtime=runtime):
+            done.append(found)
+            if every_iteration or len(done) == iterations:
+                suffix = self.diffusion_head.read(found.passed.taps, z.dtype)
                 velocities.append(
                     self.diffusion_head(
                         z,
                         t,
-                        passed.hidden[:, 1],
-                        edits=edits,
+                        found.passed.hidden[:, 1],
+                        edits=found.edits,
                         features=prefix.features,
                         reads=[_joined(a, b) for a, b in zip(prefix.reads, suffix, strict=True)],
                         keep=functional.pad(prefix.keep, (0, self.config.suffix_length), value=True),
@@ -203,10 +199,36 @@ class Exo(nn.Module):
             velocity=velocities[-1],
             noised=z,
             time=t,
-            edits=cast("Tensor", edits),
-            iterations=tuple(done),
+            edits=done[-1].edits,
+            iterations=tuple(found.edit for found in done),
             early=tuple(velocities[:-1]),
         )
+
+    def refine(
+        self,
+        z: Tensor,
+        t: Tensor,
+        prefix: PrefixState,
+        *,
+        iterations: int = 4,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> Iterator[Refinement]:
+        """Yield the iterations of a step, one by one, without a velocity; arguments are those of `step`.
+
+        Raises: as `step`.
+        """
+        check_latents(self.config, z, t, prefix.keep.shape[0], prefix.size)
+        if not 1 <= iterations <= MAX_ITERATIONS:
+            raise ConfigError(f"iterations must lie in 1..{MAX_ITERATIONS}, got {iterations}")
+        base = self.memory.base(z, prefix.features)
+        time = self.tokens.timestep(t, z.dtype)
+        past, edits = prefix.past, None
+        for k in range(iterations):
+            memory = self.memory(base, edits, z.dtype)
+            passed = self._suffix(self.tokens(time, k), memory, prefix, past, k, runtime)
+            edit = self.edit_head(memory, passed.hidden, runtime)
+            past, edits = passed.past, edit.write(edits)
+            yield Refinement(passed, edit, edits)
 
     def forward(
         self,

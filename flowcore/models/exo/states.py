@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
 from .blocks import KeysValuesPair
 from .edit_head import Edit
-from .grids import memory_grid
+from .grids import on_grid
 from .trunk import KeysValues, Past
 
 
@@ -141,16 +140,12 @@ class StepResult:
     @property
     def mask(self) -> Tensor:
         """The mask of the last iteration, `b hm wm` in 0..1."""
-        return self._on_grid(self.iterations[-1].mask)
+        return on_grid(self.iterations[-1].mask, self.noised.shape[-2:])
 
     @property
     def sparse_mask(self) -> Tensor:
         """The same with the cells that were not selected at 0."""
-        return self._on_grid(self.iterations[-1].sparse())
+        return on_grid(self.iterations[-1].sparse(), self.noised.shape[-2:])
 
     def _time(self) -> Tensor:
         return self.time.to(self.noised.dtype)[:, None, None, None]
-
-    def _on_grid(self, mask: Tensor) -> Tensor:
-        rows, _ = memory_grid(*self.noised.shape[-2:])
-        return rearrange(mask, "b (h w) -> b h w", h=rows)

@@ -57,7 +57,13 @@ def _published(
 
 
 def _small(
-    layers: int, hidden: int, mlp: int, heads: tuple[int, int, int], vision: tuple[int, int, int, list[int]]
+    layers: int,
+    hidden: int,
+    mlp: int,
+    heads: tuple[int, int, int],
+    vision: tuple[int, int, int, list[int]],
+    *,
+    patch: int = 16,
 ) -> dict[str, Any]:
     """Return the settings of a small trunk.
 
@@ -80,7 +86,7 @@ def _small(
             "rope_parameters": _rope(1e4, sections),
         },
         "vision_config": {
-            "patch_size": 16,
+            "patch_size": patch,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
             "out_hidden_size": hidden,
@@ -124,13 +130,14 @@ _VISION_1152 = {
 TRUNKS: Mapping[str, TrunkConfig] = {
     "tiny": _small(4, 64, 128, (4, 2, 16), (32, 3, 64, [0, 2])),
     "demo": _small(6, 192, 512, (3, 3, 64), (96, 4, 64, [1, 2])),
+    "demo-fine": _small(6, 192, 512, (3, 3, 64), (96, 2, 64, [0, 1]), patch=8),
     "small": _small(8, 320, 896, (5, 5, 64), (160, 6, 256, [1, 3])),
     "qwen3-vl-2b": _published(28, 2048, 6144, 16, tied=True, vision=_VISION_1024),
     "qwen3-vl-4b": _published(36, 2560, 9728, 32, tied=True, vision=_VISION_1024),
     "qwen3-vl-8b": _published(36, 4096, 12_288, 32, tied=False, vision=_VISION_1152),
 }
-"""tiny, demo, small: random, trained with the rest. The others have the shapes of the published checkpoints,
-Instruct and Thinking alike."""
+"""tiny, demo, small: random, trained with the rest; demo-fine sees more patches, in fewer layers. The others
+have the shapes of the published checkpoints, Instruct and Thinking alike."""
 
 _KEPT = {
     "text_config": (
@@ -230,7 +237,8 @@ def infer_trunk(tensors: Mapping[str, Tensor], stated: Mapping[str, Any] | None 
     rest = stated or find_trunk(text["hidden_size"], text["num_hidden_layers"]) or TRUNKS["qwen3-vl-8b"]
     taps = len(reader.indices("visual.deepstack_merger_list."))
     known = {**rest["vision_config"], **vision}
-    if len(known["deepstack_visual_indexes"]) != taps:
+    layers = known["deepstack_visual_indexes"]
+    if len(layers) != taps or max(layers) >= known["depth"]:
         known["deepstack_visual_indexes"] = list(range(taps))
     return {**rest, "text_config": {**rest["text_config"], **text}, "vision_config": known}
 

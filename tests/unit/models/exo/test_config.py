@@ -94,6 +94,7 @@ def test_words_are_kept_in_the_file_and_checked() -> None:
         {"latent_channels": 64, "diffusion_patch": 2},
         {"num_queries": 0, "lora_rank": 4},
         {"edit_depth": 3, "diffusion_depth": 1},
+        {"projector_upscale": 4, "feature_dim": 12},
     ],
 )
 def test_changed_config_is_read_from_tensors(changes: dict[str, int]) -> None:
@@ -150,7 +151,7 @@ def test_trunk_of_another_model(kind: str | None) -> None:
         trunk_config({"model_type": kind, "hidden_size": 4}, source="folder")
 
 
-@pytest.mark.parametrize("name", ["tiny", "demo", "qwen3-vl-4b"])
+@pytest.mark.parametrize("name", ["tiny", "demo", "demo-fine", "qwen3-vl-4b"])
 def test_trunk_settings_are_read_from_tensors(name: str) -> None:
     state = build_trunk(TRUNKS[name], device="meta").state_dict()
     assert infer_trunk(state) == TRUNKS[name]

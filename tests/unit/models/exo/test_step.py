@@ -73,6 +73,18 @@ def test_cached_step_equals_full_recomputation_in_float64(model: Exo) -> None:
         compare(model.step(z.double(), t, prefix), recomputed_step(model, z.double(), t, prompt), 1e-10)
 
 
+def test_a_step_has_the_iterations_that_can_be_had_without_a_velocity(model: Exo) -> None:
+    (z, t), prompt = latents(2, (4, 6)), prompt_of(PROMPTS)
+    with torch.no_grad():
+        prefix = encode(model, prompt, (4, 6))
+        step, found = model.step(z, t, prefix, iterations=3), list(model.refine(z, t, prefix, iterations=3))
+    assert len(found) == len(step.iterations) == 3
+    assert all(torch.equal(a.edit.mask, b.mask) for a, b in zip(found, step.iterations, strict=True))
+    assert torch.equal(found[-1].edits, step.edits)
+    with pytest.raises(ConfigError, match=r"iterations must lie in 1\.\.8, got 9"):
+        next(model.refine(z, t, prefix, iterations=9))
+
+
 def test_a_step_with_gradients_equals_one_without(model: Exo) -> None:
     prompt, (z, t) = prompt_of(PROMPTS), latents(2, (4, 6))
     compare(model.step(z, t, encode(model, prompt, (4, 6))), recomputed_step(model, z, t, prompt))

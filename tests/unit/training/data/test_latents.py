@@ -223,7 +223,7 @@ def test_values_and_sizes_are_checked_before_training(
     assert f"datasets.0.path: {empty} must be a folder of *.safetensors, found none" in error_line(capsys)
     exo = settings("model.arch=exo", "train.exo.task=language")
     assert run(path, *exo) == 2
-    assert "train.exo.task must be velocity or projector with a dataset of kind latents" in error_line(capsys)
+    assert "train.exo.task must not be language with a dataset of kind latents" in error_line(capsys)
 
 
 def test_cells_of_the_known_spaces() -> None:

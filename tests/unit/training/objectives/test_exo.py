@@ -9,15 +9,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcore.errors import CheckpointError, ConfigError
+from flowcore.models.exo.labels import changed_cells
 from tests.exo_trunk import REFERENCE, TRUNK, write_trunk
 from tests.tiny import VAE, write_parts
-from tests.unit.training.workspace import run_config, write_edits
+from tests.unit.training.workspace import run_config, write_edits, write_images
 from training.assemble import build_objective, prepare
 from training.objectives.exo import ExoObjective
 from training.stop import StopFlag
 
 CPU = torch.device("cpu")
 BATCH = slice(0, 4)
+MASKED = ("adapters.", "memory.", "projector.", "tokens.", "trunk.", "edit_head.")
+"""What a mask follows from: all but the diffusion head."""
 
 
 def objective(folder: Path, train: dict[str, Any] | None = None, **sections: Any) -> ExoObjective:
@@ -143,6 +146,39 @@ def test_the_mask_learns_labels_and_price(tmp_path: Path) -> None:
     assert found["price"] - found["plain"] > 1e-3
 
 
+def test_masks_are_learned_from_edits_alone_and_in_every_iteration(tmp_path: Path) -> None:
+    made = objective(tmp_path, {"exo": {"task": "masks", "iterations": [2, 2]}})
+    with torch.no_grad():
+        for step in range(8):
+            draw = made.draw(step, BATCH)
+            assert made._is_edit(draw)
+            result = made._step(draw, made._prefix(draw, made.conditioning(draw)), 2)
+            labels = changed_cells(made._source_latents(draw), draw.clean).float().flatten(1)
+            expected = [functional.binary_cross_entropy(one.mask, labels) for one in result.iterations]
+            assert float(made.loss(step, BATCH)) == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
+
+
+def test_masks_need_edits(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 8)
+    with pytest.raises(ConfigError, match=r"train\.exo\.task masks must have a dataset with source pictures"):
+        objective(tmp_path, {"exo": {"task": "masks"}})
+
+
+def test_the_source_is_learned_beside_the_velocity_where_it_is_asked_for(tmp_path: Path) -> None:
+    for weight in (0.0, 0.5):
+        made = objective(tmp_path, weights(source=weight))
+        step = step_of(made, is_edit=True)
+        loss = made.loss(step, BATCH)
+        with torch.no_grad():
+            draw = made.draw(step, BATCH)
+            features = made._prefix(draw, made.conditioning(draw)).features
+            estimate = made.exo.projector.latents(features)
+        error = functional.mse_loss(estimate, made._source_latents(draw))
+        assert float(loss.detach()) == pytest.approx(weight * float(error), rel=1e-5)
+        with torch.no_grad():
+            assert float(made.loss(step_of(made, is_edit=False), BATCH)) == 0
+
+
 @pytest.mark.parametrize("is_edit", [False, True])
 def test_checkpointing_changes_no_bit(tmp_path: Path, is_edit: bool) -> None:
     plain, saving = (objective(tmp_path, {"gradient_checkpointing": told}) for told in (False, True))
@@ -164,6 +200,7 @@ def test_captions_are_dropped_but_not_pictures(tmp_path: Path) -> None:
     [
         ("projector", ("projector.", "trunk.visual.")),
         ("language", ("trunk.language_model.",)),
+        ("masks", MASKED),
     ],
 )
 def test_a_task_has_gradients_for_its_part_and_can_be_learned(
@@ -229,7 +266,7 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
         ),
         (
             {"model": reference, "encoders": {"text": trunk}, "train": {"exo": {"task": "language"}}},
-            "train.exo.task must be velocity or projector for preset 'tiny', whose trunk is by reference",
+            "train.exo.task must not be language for preset 'tiny', whose trunk is by reference",
         ),
         ({"train": {"compile": True}}, "train.compile must be false for exo"),
     ]
