@@ -259,13 +259,17 @@ def make_model(request: Request, stop: StopFlag) -> bool:
     from training.scenes import captions_held_out
 
     reads_text = request.arch != "exo"  # whose trunk does
-    folders = [*(("one",) if request.is_short else ("one", "two")), *(() if reads_text else ("edits",))]
-    datasets = [{"path": str(request.out / "scenes" / folder)} for folder in folders]
+    path = CONFIGS / f"{request.arch}_demo.yaml"
+    stated = yaml.safe_load(path.read_text(encoding="utf-8"))["datasets"]
+    left_out = "scenes/two" if request.is_short else None
+    datasets = [
+        {**table, "path": str(request.out / table["path"])} for table in stated if table["path"] != left_out
+    ]
     names = {"vae": VAE_NAME, **({"text": TEXT_NAME} if reads_text else {})}
     parts = [f"encoders.{part}={_part(request.out, name)}" for part, name in names.items()]
     places = [f"output.dir={request.out}", f"cache.dir={request.out / 'cache'}"]
     assignments = [*places, f"datasets={json.dumps(datasets)}", *parts, *request.assignments]
-    config = load_config(RunConfig, CONFIGS / f"{request.arch}_demo.yaml", assignments)
+    config = load_config(RunConfig, path, assignments)
     prompts = tuple(captions_held_out(48, 11, "one") + captions_held_out(16, 12, "two"))
     sampling = config.sampling.model_copy(update={"prompts": prompts})
     prepared = prepare(config.model_copy(update={"sampling": sampling}))
@@ -288,13 +292,17 @@ def make_model(request: Request, stop: StopFlag) -> bool:
 
 
 def training_facts(run: Run, folder: Path) -> dict[str, str]:
-    """What the training cost: steps, seconds (from the logged ones), floating-point operations (counted)."""
+    """What the training cost: steps, seconds (from the logged ones), floating-point operations (counted).
+
+    The run is at its end by then: its optimizer is lost.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     rows = read_metrics(folder / "metrics.csv")
     seconds = sum(row["seconds"] for row in rows) / len(rows) * run.step
     flops = 0.0
-    for stage in run.stages:
+    for number, stage in enumerate(run.stages):
+        run.enter(number)  # what takes no gradient has no backward pass
         with FlopCounterMode(display=False) as counter:
             run.objective.loss(stage.first, slice(0, stage.config.train.batch_size)).backward()
         flops += counter.get_total_flops() * (min(run.step, stage.last) - stage.first)

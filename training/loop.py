@@ -71,14 +71,14 @@ class Run:
             self.ema = Ema(self.module, config.ema.decay, warmup=config.ema.warmup, local=self.strategy.local)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.step = 0
-        self._enter(0)
+        self.enter(0)
 
     @property
     def stage(self) -> Stage:
         """The stage that the optimizer is of."""
         return self.stages[self._stage]
 
-    def _enter(self, number: int) -> None:
+    def enter(self, number: int) -> None:
         """Lets what a stage trains change, and nothing else, by an optimizer without state."""
         self._stage = number
         self._train_only(self._trained[number])
@@ -93,7 +93,7 @@ class Run:
         """Continues from a checkpoint. Raises: CheckpointError if it is of another model or optimizer."""
         try:
             self._load_weights(checkpoint.tensors("weights"))
-            self._enter(checkpoint.facts.get("stage", 0))
+            self.enter(checkpoint.facts.get("stage", 0))
             self.strategy.load_optimizer(self.module, self.optimizers, checkpoint.tensors("optimizer"))
             if self.ema:
                 average = {
@@ -168,7 +168,7 @@ class Run:
         """
         started = time.perf_counter()
         if self._stage != stage_at(self.stages, self.step):
-            self._enter(stage_at(self.stages, self.step))
+            self.enter(stage_at(self.stages, self.step))
         config = self.stage.config
         ranks = (self.team.rank,) if self.team.rank else ()
         torch.manual_seed(key(self.config.seed, "model", self.step, *ranks))

@@ -1,6 +1,7 @@
 """The demo's parts in a few steps: what each run writes, and what the second run of the autoencoder keeps."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -67,17 +68,17 @@ def test_exo_learns_from_scenes_and_edits_in_its_stages(tmp_path: Path) -> None:
     from training.state import read_checkpoint
 
     tiny = ("model.preset=tiny", "train.batch_size=2", "sampling.every_steps=0", "checkpoint.every_steps=1")
-    lengths = tuple(f"train.stages.{number}.steps=1" for number in range(4))
-    changes = [part for key in (*tiny, *lengths) for part in ("--set", key)]
+    short = [(f"train.stages.{n}.steps=1", f"train.stages.{n}.train.batch_size=2") for n in range(6)]
+    changes = [part for key in (*tiny, *chain(*short)) for part in ("--set", key)]
     assert demo.main(["model", "--arch", "exo", "--out", str(tmp_path), *changes]) == 0
     assert len(list((tmp_path / "scenes" / "edits").glob("*.source.png"))) == 8
-    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000004").facts["stage"] == 3
+    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000006").facts["stage"] == 5
     with safe_open(tmp_path / "exo-demo" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["flowcore.vae"] == "scenes-vae"
     assert json.loads(metadata["exo.vae"]) == {"family": "tiny", "repo": "scenes-vae", "subfolder": ""}
     assert json.loads(metadata["exo.training"]) == {
-        "stage": "iterations", "step": 4, "data": ["one", "two", "edits"], "iterations": [1, 4],
+        "stage": "masks-again", "step": 6, "data": ["one", "two", "edits"], "iterations": [1, 4],
     }  # fmt: skip
     assert metadata["flowcore.shift"] == "3.0"
     assert "flowcore.text_encoder" not in metadata
