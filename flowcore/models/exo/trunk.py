@@ -97,8 +97,6 @@ def build_trunk(
             trunk.set_submodule(name, type(table)(table.config))
     if device is not None and torch.device(device).type != "meta":
         trunk.to(device)
-    for parameter in trunk.parameters():
-        parameter.data = parameter.data.to(dtype=dtype)
     return trunk
 
 

@@ -238,7 +238,7 @@ def infer_trunk(tensors: Mapping[str, Tensor], stated: Mapping[str, Any] | None 
     taps = len(reader.indices("visual.deepstack_merger_list."))
     known = {**rest["vision_config"], **vision}
     layers = known["deepstack_visual_indexes"]
-    if len(layers) != taps or max(layers) >= known["depth"]:
+    if len(layers) != taps or any(layer >= known["depth"] for layer in layers):
         known["deepstack_visual_indexes"] = list(range(taps))
     return {**rest, "text_config": {**rest["text_config"], **text}, "vision_config": known}
 
