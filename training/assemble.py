@@ -235,6 +235,7 @@ def _recipe(config: LoopConfig, first_step: int) -> Recipe:
         attention=config.train.attention,
         first_step=first_step,
         sampling_shift=sampling_shift(config),
+        teachers=config.train.teachers,
         exo=config.train.exo,
     )
 

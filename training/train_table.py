@@ -76,7 +76,8 @@ class Train(Strict):
     """Length, batch and regularisation of the run.
 
     Instead of steps, epochs or stages may tell the length. trainable: patterns (regular expressions) of the
-    parameters that change; none = all.
+    parameters that change; none = all. teachers: model files or bundled names of the same latent space; the mean
+    of their velocities is learned instead of the data's, but for edits.
     """
 
     method: Literal["full"] = "full"
@@ -92,6 +93,7 @@ class Train(Strict):
     compile: bool = False
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     timesteps: Timesteps = Timesteps()
+    teachers: tuple[str, ...] = ()
     exo: ExoTraining = ExoTraining()
 
     @model_validator(mode="after")

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from flowcore.conditioning import Conditioning
 from flowcore.errors import ConfigError
+from flowcore.exo.masks import on_latents
 from flowcore.models import Architecture
 from flowcore.models.exo import Exo, PrefixState, StepResult
-from flowcore.models.exo.grids import on_grid
+from flowcore.models.exo.grids import memory_grid, on_grid
 from flowcore.models.exo.trunk import look
 from flowcore.text.qwen3_vl import PromptReader
 from training.data.buckets import Bucket
@@ -119,6 +120,10 @@ class ExoObjective(FlowMatchingObjective):
         """The velocity `b c h w` of noised samples."""
         return self._step(draw, self._prefix(draw, conditioning), self.iterations(draw.step)).velocity
 
+    def target(self, draw: Draw) -> Tensor:
+        """As for any model; of edits, which teachers do not see, the data's."""
+        return draw.sample.velocity if self._is_edit(draw) else super().target(draw)
+
     def sampling_options(self, conditioning: Conditioning, noise: Tensor) -> dict[str, Any]:
         """The prompts, read once for all steps."""
         ids, mask = conditioning.context, conditioning.context_mask
@@ -151,7 +156,7 @@ class ExoObjective(FlowMatchingObjective):
         weights = self.recipe_at(draw.step).exo
         prefix = self._prefix(draw, self.conditioning(draw))
         result = self._step(draw, prefix, self.iterations(draw.step))
-        loss = weights.diffusion * functional.mse_loss(result.velocity.float(), draw.sample.velocity)
+        loss = weights.diffusion * functional.mse_loss(result.velocity.float(), self.target(draw))
         if weights.edit:
             loss = loss + weights.edit * self._edit_loss(draw, prefix, result)
         if weights.perceptual:
@@ -165,7 +170,7 @@ class ExoObjective(FlowMatchingObjective):
         """Mean cross-entropy of the masks of all iterations against the labels of edits."""
         recipe, source = self.recipe_at(draw.step), self._source_latents(draw)
         found = self.exo.refine(
-            draw.sample.noised,
+            self._partly_source(draw, source),
             draw.sigma,
             self._prefix(draw, self.conditioning(draw)),
             iterations=self.iterations(draw.step),
@@ -176,6 +181,21 @@ class ExoObjective(FlowMatchingObjective):
             label_loss(on_grid(one.edit.mask, size), source, draw.clean, recipe.exo.sparsity) for one in found
         ]
         return torch.stack(losses).mean()
+
+    def _partly_source(self, draw: Draw, source: Tensor) -> Tensor:
+        """The noised latents, but those of the source in a random share of the cells of each sample.
+
+        So masks do not only find what differs: sampling that preserves the source shows it in every cell that
+        no mask has marked yet.
+        """
+        size, seed = (source.shape[-2], source.shape[-1]), self.recipe.seed
+        kept = []
+        for position in range(draw.first, draw.first + len(draw.numbers)):
+            chance = generator(seed, "kept", draw.step, position)
+            kept.append(torch.rand(memory_grid(*size), generator=chance) < torch.rand(1, generator=chance))
+        still = on_latents(torch.stack(kept), size).to(source)
+        share = (1 - draw.sigma).reshape(-1, 1, 1, 1)
+        return draw.sample.noised + still * share * (source - draw.clean)
 
     def _edit_loss(self, draw: Draw, prefix: PrefixState, result: StepResult) -> Tensor:
         """R, the price of the mask, and for edits the cross-entropy against their labels."""

@@ -36,6 +36,7 @@ from training.encoders import CaptionEncoder, ImageEncoder
 from training.grid import save_grid
 from training.keys import generator
 from training.stop import StopFlag
+from training.teacher import load_teacher, with_null
 from training.train_table import ExoTraining, Timesteps
 
 FLOOR = 1e-4
@@ -49,7 +50,7 @@ Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
 class Recipe:
     """What the objective takes from the configuration of a run's stage, which begins at first_step.
 
-    sampling_shift: of the noise levels of samples.
+    sampling_shift: of the noise levels of samples. teachers: whose velocity is learned, none = the data's.
     """
 
     seed: int
@@ -62,6 +63,7 @@ class Recipe:
     attention: str = "auto"
     first_step: int = 0
     sampling_shift: float = 1.0
+    teachers: tuple[str, ...] = ()
     exo: ExoTraining = field(default_factory=ExoTraining)
 
     def runtime(self) -> Runtime:
@@ -114,12 +116,19 @@ class FlowMatchingObjective:
         device: torch.device,
         judge: Judge | None = None,
     ) -> None:
-        """Groups the samples into buckets; recipes: of the run's stages; `judge` measures previews."""
+        """Groups the samples into buckets; recipes: of the run's stages; `judge` measures previews.
+
+        Raises: CheckpointError, ConfigError if a teacher cannot be used.
+        """
         self.module = module.to(device)
         self.architecture, self.data, self.recipes = architecture, data, recipes
         self.recipe = recipes[0]
         self.device, self.judge = device, judge
         self.image_encoder, self.caption_encoder = image_encoder, caption_encoder
+        self.teachers = {
+            name: load_teacher(name, image_encoder, data, device)
+            for name in dict.fromkeys(name for recipe in recipes for name in recipe.teachers)
+        }
         kinds = [self.kind_of(number) for number in range(len(data.samples))]
         self.groups: list[list[int]] = [
             [number for number, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))
@@ -154,7 +163,15 @@ class FlowMatchingObjective:
         """Mean squared velocity error of samples `part` of a step's batch, float32."""
         draw = self.draw(step, part)
         predicted = self.predict(draw, self.conditioning(draw))
-        return functional.mse_loss(predicted.float(), draw.sample.velocity)
+        return functional.mse_loss(predicted.float(), self.target(draw))
+
+    def target(self, draw: Draw) -> Tensor:
+        """The velocity `b c h w` that is learned, float32: the data's, or the mean of the teachers'."""
+        names = self.recipe_at(draw.step).teachers
+        if not names:
+            return draw.sample.velocity
+        told = (draw.sample.noised, draw.sigma, draw.captions, draw.dropped)
+        return torch.stack([self.teachers[name](*told) for name in names]).mean(dim=0)
 
     def draw(self, step: int, part: slice) -> Draw:
         """Samples `part` of a step's batch, noised."""
@@ -184,7 +201,8 @@ class FlowMatchingObjective:
 
     def conditioning(self, draw: Draw) -> Conditioning:
         """What the model is told of samples, on the device."""
-        text = self._with_null(self.text_of(draw.numbers, draw.dropped.tolist()), draw.dropped)
+        text = self.text_of(draw.numbers, draw.dropped.tolist())
+        text = with_null(self.architecture, text, draw.dropped)
         return self.with_size(text, draw.clean).to(self.device)
 
     def text_of(self, numbers: Sequence[int], dropped: Sequence[bool]) -> Conditioning:
@@ -239,19 +257,6 @@ class FlowMatchingObjective:
         """What the model is told of samples with captions that are not in the data, on the device."""
         text = self.caption_encoder.encode(draw.captions)
         return self.with_size(text, draw.clean).to(self.device)
-
-    def _with_null(self, text: Conditioning, dropped: Tensor) -> Conditioning:
-        """The conditioning of captions, in the rows `dropped` (`b`) that of a model told nothing."""
-        null = self.architecture.null_text(text)
-
-        def choose(told: Tensor | None, nothing: Tensor | None) -> Tensor | None:
-            if told is None or nothing is None:
-                return told
-            return torch.where(dropped.reshape(-1, *[1] * (told.ndim - 1)), nothing, told)
-
-        return replace(
-            text, context=choose(text.context, null.context), pooled=choose(text.pooled, null.pooled)
-        )
 
     def with_size(self, conditioning: Conditioning, latents: Tensor) -> Conditioning:
         """The conditioning with what the architecture is told of the picture's size."""
