@@ -52,7 +52,7 @@ def recomputed_step(model: Exo, z: Tensor, t: Tensor, prompt: Prompt, *, iterati
         features = model.projector(picture.tokens, grid, z.shape[-2:])
     positions = prefix_positions(is_image, mask, grid)
     length, count = config.suffix_length, ids.shape[1]
-    base, edits, memories, suffixes, done = model.memory.base(z, features), None, [], [], []
+    base, edits, memories, suffixes, done = model.memory.base(z, t, features), None, [], [], []
     for k in range(iterations):
         memories.append(model.memory(base, edits, z.dtype))
         suffixes.append(model.tokens(model.tokens.timestep(t, z.dtype), k))

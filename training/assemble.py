@@ -30,7 +30,7 @@ from training.files import RunError, rename, save_tensors, write_atomic, write_f
 from training.loop import DTYPES, Run
 from training.objectives.exo import ExoObjective
 from training.objectives.flow_matching import FlowMatchingObjective, Judge, Recipe
-from training.stages import resolve_length, stages_of
+from training.stages import resolve_length, stages_of, tables_of
 from training.stop import StopFlag
 
 
@@ -62,6 +62,8 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
         for name in names:
             if name not in ("pixels", "bytes"):
                 _resolve(f"encoders.{key}", name)
+    for name in {name for table in tables_of(config) for name in table.train.teachers}:
+        _resolve("train.teachers", name)
     if config.model.weights is not None:
         read_weights(config, architecture, model_config)
     samples, rejects = scan(config.datasets, config.data, stop)

@@ -16,7 +16,7 @@ from flowcore.text.qwen3_vl import ChatTokenizer, PromptReader, Tokenizer
 from flowcore.weights.exo import FORMAT, load_trunk, trunk_reference
 from training.config import RunConfig
 from training.loop import DTYPES
-from training.stages import stage_at, stages_of
+from training.stages import stage_at, stages_of, tables_of
 
 
 def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
@@ -26,8 +26,7 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
             "train.compile must be false for exo, whose prompts and steps are calls of their own, got true"
         )
     trunk_folder(config, model_config)
-    tables = [config, *(config.stage(number) for number in range(len(config.train.stages)))]
-    is_language = any(table.train.exo.task == "language" for table in tables)
+    is_language = any(table.train.exo.task == "language" for table in tables_of(config))
     if is_language and any(dataset.kind == "latents" for dataset in config.datasets):
         raise ConfigError(
             "train.exo.task must not be language with a dataset of kind latents, which has no captions; take "

@@ -39,6 +39,11 @@ def stages_of(config: LoopConfig) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def tables_of(config: RunConfig) -> list[RunConfig]:
+    """What holds for a run, and for each of its stages, whose lengths need not be known."""
+    return [config, *(config.stage(number) for number in range(len(config.train.stages)))]
+
+
 def stage_at(stages: Sequence[Stage], step: int) -> int:
     """Number of the stage that a step (from 0) lies in; the last one for steps behind it."""
     return next((number for number, stage in enumerate(stages) if step < stage.last), len(stages) - 1)

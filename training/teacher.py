@@ -1,4 +1,4 @@
-"""Another model as teacher: its velocity at the noised samples, instead of the data's, is what a run learns."""
+"""Another model as teacher: a run learns its velocity at the noised samples, instead of the data's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def load_teacher(
         raise ConfigError(f"train.teachers must be a model that captions alone tell, got {name} (exo)")
     if any(sample.is_told for sample in data.samples):
         raise ConfigError(
-            f"train.teachers must be left out with a dataset of kind latents, which has no captions, got {name}"
+            "train.teachers must be left out with a dataset of kind latents, which has no captions, got "
+            f"{name}"
         )
     spec, own = pipeline.vae.spec, image_encoder.facts.get("flowcore.latent_spec")
     if own != spec.name:

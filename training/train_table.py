@@ -76,8 +76,8 @@ class Train(Strict):
     """Length, batch and regularisation of the run.
 
     Instead of steps, epochs or stages may tell the length. trainable: patterns (regular expressions) of the
-    parameters that change; none = all. teachers: model files or bundled names of the same latent space; the mean
-    of their velocities is learned instead of the data's, but for edits.
+    parameters that change; none = all. teachers: model files or bundled names of the same latent space; the
+    mean of their velocities is learned instead of the data's, but for edits.
     """
 
     method: Literal["full"] = "full"

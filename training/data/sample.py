@@ -37,13 +37,15 @@ class Stored:
     """Latents that lie in a safetensors file under `name`.
 
     noise_seed: of the noise that they belong to, None where any does. space: of the latents, JSON-like, None
-    where the file does not tell. others: what else of the sample is in the file, by the names of the
+    where the file does not tell. composite: other latents in the file, a rectangle of which makes this sample
+    the source of an edit. others: what else of the sample is in the file, by the names of the
     `batch.safetensors` of runs; with `context` among it the caption is encoded already.
     """
 
     name: str
     noise_seed: int | None = None
     space: Mapping[str, Any] | None = field(default=None, hash=False)
+    composite: str | None = None
     others: frozenset[str] = frozenset()
 
 
@@ -66,7 +68,10 @@ class Sample:
     @property
     def is_edit(self) -> bool:
         """Whether there is a picture before the edit, or what it is encoded to."""
-        return self.source is not None or bool(self.stored and SOURCE_LATENTS in self.stored.others)
+        stored = self.stored
+        return self.source is not None or bool(
+            stored and (stored.composite or SOURCE_LATENTS in stored.others)
+        )
 
     @property
     def is_told(self) -> bool:

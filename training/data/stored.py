@@ -9,8 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowcore.models.exo.grids import CELL
 from training.data.cache import Encoded
-from training.data.sample import LATENTS, DataError, Sample, SampleError
+from training.data.sample import LATENTS, SOURCE_LATENTS, DataError, Sample, SampleError
+from training.keys import generator
 
 
 class StoredFiles:
@@ -32,12 +34,30 @@ class StoredFiles:
                 self._file, self._path = safe_open(sample.path, framework="pt"), sample.path
             tensors = {LATENTS: self._file.get_tensor(sample.stored.name)}
             tensors |= {name: self._file.get_tensor(name) for name in sorted(sample.stored.others)}
+            if sample.stored.composite:
+                other = self._file.get_tensor(sample.stored.composite)
+                tensors[SOURCE_LATENTS] = compose(tensors[LATENTS], other, sample.key)
         except (OSError, SafetensorError) as err:
             raise SampleError(sample.path, f"file must be safetensors, got {err}") from err
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise SampleError(sample.path, f"{name} of the sample must be finite, got others")
         return tensors
+
+
+def compose(latents: Tensor, other: Tensor, name: str) -> Tensor:
+    """Latents `c h w` with a rectangle of others of their shape: a quarter to three quarters of each side.
+
+    In whole cells of the memory; where it lies depends on the name alone.
+    """
+    chance, made = generator(0, f"composite {name}"), latents.clone()
+    spans = []
+    for side in (latents.shape[-2] // CELL, latents.shape[-1] // CELL):
+        length = int(torch.randint(max(1, side // 4), max(1, 3 * side // 4) + 1, (1,), generator=chance))
+        first = int(torch.randint(side - length + 1, (1,), generator=chance))
+        spans.append(slice(first * CELL, (first + length) * CELL))
+    made[:, spans[0], spans[1]] = other[:, spans[0], spans[1]]
+    return made
 
 
 def check_channels(sample: Sample, latents: Tensor, channels: int) -> None:

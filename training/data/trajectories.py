@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,25 @@ def scan_trajectories(root: Path, where: str, stop: StopFlag) -> list[Sample]:
         if not path.is_file() or sha256(path) != expected:
             raise DataError(f"{path} must be as it was written, got a missing or damaged file; {_AGAIN}")
     return samples
+
+
+def composites(samples: Sequence[Sample], where: str) -> list[Sample]:
+    """An edit for each record: its caption asks for it, its source has a part of the next one of its shard.
+
+    Raises: DataError if no shard holds two.
+    """
+    shards: dict[Path, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        shards[sample.path].append(sample)
+    found = []
+    for group in shards.values():
+        for sample, other in zip(group, [*group[1:], group[0]], strict=True):
+            if sample.stored and other.stored and other is not sample:
+                stored = replace(sample.stored, composite=other.stored.name)
+                found.append(replace(sample, key=f"{sample.key}.edit", stored=stored))
+    if not found:
+        raise DataError(f"{where}: composites must have shards of two records or more, got one a shard")
+    return found
 
 
 def check_space(space: Mapping[str, Any], encoder: ImageEncoder, path: Path) -> None:

@@ -256,20 +256,19 @@ class ExoObjective(FlowMatchingObjective):
 
     def _sources(self, numbers: Sequence[int]) -> Tensor | None:
         """The source pictures `b 3 y x` of edits, None for plain samples."""
-        paths = [self.data.samples[number].source for number in numbers]
-        if None in paths:
+        if not self.data.samples[numbers[0]].is_edit:
             return None
-        bucket = self.data.buckets[numbers[0]]
-        return torch.stack([load_image(path, bucket) for path in paths if path])
+        return torch.stack([self._picture(number, is_source=True) for number in numbers])
 
     def _pictures(self, numbers: Sequence[int]) -> Tensor:
-        """The pictures `b 3 y x` of samples themselves; of latents that have none, what they decode to."""
-        bucket = self.data.buckets[numbers[0]]
-        return torch.stack(
-            [
-                self.image_encoder.decode(self.data.latents([number]).to(self.device))[0].cpu()
-                if sample.stored
-                else load_image(sample.path, bucket)
-                for number, sample in ((number, self.data.samples[number]) for number in numbers)
-            ]
-        )
+        """The pictures `b 3 y x` of samples themselves."""
+        return torch.stack([self._picture(number, is_source=False) for number in numbers])
+
+    def _picture(self, number: int, *, is_source: bool) -> Tensor:
+        """A sample's picture `3 y x`, or that before its edit; of stored latents, what they decode to."""
+        sample = self.data.samples[number]
+        path = sample.source if is_source else sample.path
+        if path is not None and not sample.stored:
+            return load_image(path, self.data.buckets[number])
+        latents = self.data.source_latents([number]) if is_source else self.data.latents([number])
+        return self.image_encoder.decode(latents.to(self.device))[0].clamp(-1, 1).cpu()

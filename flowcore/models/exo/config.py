@@ -18,7 +18,7 @@ from .trunk_config import BYTE_TOKENS, TRUNKS, TrunkConfig, check_trunk, find_tr
 MAX_ITERATIONS = 8
 """Refinement iterations that have a vector of their own."""
 NUM_ADAPTERS = 4
-_NOT_SIZES = ("trunk", "embeds_trunk", "edit_fraction", "lora_alpha", "words")
+_NOT_SIZES = ("trunk", "embeds_trunk", "memory_fades", "edit_fraction", "lora_alpha", "words")
 _STORED = ("edit_fraction", "lora_alpha", "words")
 """Fields that no shape tells."""
 
@@ -30,7 +30,8 @@ class ExoConfig:
     trunk: settings of the Qwen3-VL below. embeds_trunk: whether the model owns its trunk's weights, and files
     hold them; without it a trunk is attached. latent_channels: as the model sees them (128 = FLUX.2, 64 =
     FLUX.1 packed, 16 = unpacked). memory_*: the grid that latents and edits are read from, a cell for 2 x 2
-    latents. adapter_*: attention of the trunk to the memory. num_queries: learned tokens after timestep and
+    latents; memory_fades: it also has the picture's features fading with noise as the picture itself would,
+    so that a change shows as a difference at any noise level. adapter_*: attention of the trunk to the memory. num_queries: learned tokens after timestep and
     iteration. projector_dim, feature_dim: channels of the image's features inside and behind the projector.
     diffusion_*: the head that gives the velocity. edit_*: the head that marks and writes; this fraction of
     the cells may be written in one iteration. lora_rank: of the low-rank changes of the trunk, 0 = none.
@@ -41,6 +42,7 @@ class ExoConfig:
     embeds_trunk: bool = False
     latent_channels: int = 128
     memory_dim: int = 1024
+    memory_fades: bool = False
     adapter_dim: int = 2048
     adapter_head_dim: int = 128
     num_queries: int = 14
@@ -249,6 +251,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             "embeds_trunk": bool(embedded),
             "latent_channels": latent_channels,
             "memory_dim": reader.shape("memory.norm.weight", 1)[0],
+            "memory_fades": "memory.fading.weight" in tensors,
             "adapter_dim": adapter_dim,
             "adapter_head_dim": reader.shape(f"{adapter}.q_norm.weight", 1)[0],
             "num_queries": reader.size("tokens.query", 0) or 0,

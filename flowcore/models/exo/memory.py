@@ -55,14 +55,20 @@ class Memory(nn.Module):
         dim, shape = config.memory_dim, {"kernel_size": CELL, "stride": CELL}
         self.embed = ops.conv2d(config.latent_channels, dim, **shape, **where)
         self.visual = ops.conv2d(config.feature_dim, dim, bias=False, **shape, **where)
+        self.fading = (
+            ops.conv2d(config.feature_dim, dim, bias=False, **shape, **where) if config.memory_fades else None
+        )
         self.edit = ops.linear(config.hidden_size, dim, bias=False, **where)
         self.norm = RMSNorm(dim, where.get("device"))
 
-    def base(self, z: Tensor, features: Tensor | None) -> Tensor:
-        """Return what stays the same in all iterations of a step, `b (hm wm) d` float32."""
+    def base(self, z: Tensor, t: Tensor, features: Tensor | None) -> Tensor:
+        """Return what stays the same in all iterations of a step, `b (hm wm) d` float32; times t `b`."""
         grid = self.embed(padded(z, CELL))
         if features is not None:
-            grid = grid + self.visual(padded(features, CELL))
+            features = padded(features, CELL)
+            grid = grid + self.visual(features)
+            if self.fading is not None:
+                grid = grid + rearrange(1 - t, "b -> b 1 1 1").to(grid) * self.fading(features)
         tokens: Tensor = rearrange(grid, "b d h w -> b (h w) d").float()
         places = position_features(memory_grid(*z.shape[-2:]), tokens.shape[-1], _REFERENCE, z.device)
         return tokens + places

@@ -220,7 +220,7 @@ class Exo(nn.Module):
         check_latents(self.config, z, t, prefix.keep.shape[0], prefix.size)
         if not 1 <= iterations <= MAX_ITERATIONS:
             raise ConfigError(f"iterations must lie in 1..{MAX_ITERATIONS}, got {iterations}")
-        base = self.memory.base(z, prefix.features)
+        base = self.memory.base(z, t, prefix.features)
         time = self.tokens.timestep(t, z.dtype)
         past, edits = prefix.past, None
         for k in range(iterations):

@@ -51,7 +51,11 @@ def compare(found: StepResult, expected: StepResult, limit: float = LIMIT) -> No
 
 @pytest.mark.parametrize("has_picture", [True, False])
 @pytest.mark.parametrize("size", [(8, 8), (5, 9)])
-@pytest.mark.parametrize("changes", [{}, {"num_queries": 0, "lora_rank": 4}], ids=["tiny", "literal"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_queries": 0, "lora_rank": 4}, {"memory_fades": True}],
+    ids=["tiny", "literal", "fading"],
+)
 def test_cached_step_equals_full_recomputation(
     changes: dict[str, int], size: tuple[int, int], has_picture: bool
 ) -> None:
@@ -83,6 +87,19 @@ def test_a_step_has_the_iterations_that_can_be_had_without_a_velocity(model: Exo
     assert torch.equal(found[-1].edits, step.edits)
     with pytest.raises(ConfigError, match=r"iterations must lie in 1\.\.8, got 9"):
         next(model.refine(z, t, prefix, iterations=9))
+
+
+def test_in_a_fading_memory_an_unchanged_picture_leaves_noise_alone() -> None:
+    model = random_exo(memory_fades=True, feature_dim=16)
+    memory, (picture, t) = model.memory, latents(2, (4, 6))
+    assert memory.fading is not None
+    with torch.no_grad():
+        memory.fading.weight.copy_(-memory.embed.weight)
+        memory.visual.weight.zero_()
+        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
+        level = t[:, None, None, None]
+        found = memory.base((1 - level) * picture + level * noise, t, picture)
+        assert_close(found, memory.base(level * noise, t, None), limit=1e-5)
 
 
 def test_a_step_with_gradients_equals_one_without(model: Exo) -> None:

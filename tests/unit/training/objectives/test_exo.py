@@ -1,5 +1,6 @@
 """Exo's objective: keyed draws, kinds of batches, its terms, checkpointing, tasks, a trunk by reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,26 @@ def test_the_mask_learns_labels_and_price(tmp_path: Path) -> None:
 
 def test_masks_are_learned_from_edits_alone_and_in_every_iteration(tmp_path: Path) -> None:
     made = objective(tmp_path, {"exo": {"task": "masks", "iterations": [2, 2]}})
+    kept: list[Tensor] = []
     with torch.no_grad():
         for step in range(8):
             draw = made.draw(step, BATCH)
             assert made._is_edit(draw)
-            result = made._step(draw, made._prefix(draw, made.conditioning(draw)), 2)
-            labels = changed_cells(made._source_latents(draw), draw.clean).float().flatten(1)
+            source, clean = made._source_latents(draw), draw.clean
+            noised = made._partly_source(draw, source)
+            eps = draw.sample.velocity + clean
+            shown = (noised - draw.sigma[:, None, None, None] * eps) / (1 - draw.sigma[:, None, None, None])
+            nearer = (shown - source).abs() < (shown - clean).abs()
+            torch.testing.assert_close(shown, torch.where(nearer, source, clean), atol=1e-3, rtol=1e-3)
+            kept.append(nearer.float().mean(dim=(1, 2, 3)))
+            step_draw = replace(draw, sample=replace(draw.sample, noised=noised))
+            result = made._step(step_draw, made._prefix(draw, made.conditioning(draw)), 2)
+            labels = changed_cells(source, clean).float().flatten(1)
             expected = [functional.binary_cross_entropy(one.mask, labels) for one in result.iterations]
             assert float(made.loss(step, BATCH)) == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
+    shares = torch.cat(kept)  # of what is the source's still, in 2 x 2 cells
+    assert float(shares.min()) < 0.3
+    assert float(shares.max()) > 0.7
 
 
 def test_masks_need_edits(tmp_path: Path) -> None:

@@ -19,8 +19,18 @@ from tests import tiny_exo
 from tests.support import assert_close
 from tests.tiny import SPEC, VAE, write_parts
 from tests.unit.training.trajectories.pipelines import write_flux1, write_klein
-from tests.unit.training.workspace import error_line, metrics, run, write_config, write_images
+from tests.unit.training.workspace import (
+    error_line,
+    metrics,
+    run,
+    run_config,
+    write_config,
+    write_images,
+)
+from training.assemble import build_objective, prepare
 from training.data.trajectories import draw_start
+from training.objectives.exo import ExoObjective
+from training.stop import StopFlag
 from training.trajectories.captions import few_captions, read_prompts
 from training.trajectories.cli import main
 from training.trajectories.diffusers_teacher import network_flops
@@ -164,6 +174,56 @@ def test_an_exo_trains_on_what_an_exo_made(tmp_path: Path) -> None:
     )
     assert run(path) == 0
     assert len(metrics(tmp_path / "runs" / "run")) == 3
+
+
+def test_an_exo_learns_edits_from_composites(tmp_path: Path) -> None:
+    file = tiny_exo.write_parts(tmp_path)
+    size = ("--width", "64", "--height", "64")
+    assert make(tmp_path, "--teacher", str(file), "--count", "3", "--steps", "1", *size) == 0
+    sections: dict[str, Any] = {
+        "model": {"arch": "exo"},
+        "datasets": [{"kind": "trajectories", "path": str(tmp_path / "out"), "composites": True}],
+        "encoders": {"vae": str(tmp_path / tiny_exo.VAE)},
+        "train": {"steps": 4, "batch_size": 3, "exo": {"iterations": [1, 1]}},
+    }
+    made = build_objective(prepare(run_config(tmp_path, **sections)), torch.device("cpu"), StopFlag())
+    assert isinstance(made, ExoObjective)
+    assert [sample.key for sample in made.data.samples][3:] == [f"{n:06d}.edit" for n in range(3)]
+    for number in range(3):
+        sample = made.data.samples[3 + number]
+        assert sample.is_edit
+        assert sample.caption == PROMPTS[number]
+        clean, plain, other = (made.data.latents([n])[0] for n in (3 + number, number, (number + 1) % 3))
+        source = made.data.source_latents([3 + number])[0]
+        assert torch.equal(clean, plain)
+        changed = (source != clean).any(dim=0)
+        rows, columns = changed.any(dim=1).nonzero()[:, 0], changed.any(dim=0).nonzero()[:, 0]
+        inside = (slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        assert 0 < changed.float().mean() < 0.6
+        assert torch.equal(source[inside], other[inside])
+        assert changed[inside[1:]].all()
+        assert all(int(side[0]) % 2 == 0 and len(side) % 2 == 0 for side in (rows, columns))
+    pictures = made._sources([3, 4])
+    assert pictures is not None
+    for picture, number in zip(pictures, (3, 4), strict=True):
+        decoded = made.image_encoder.decode(made.data.source_latents([number]))[0]
+        assert torch.equal(picture, decoded.clamp(-1, 1))
+    path = write_config(tmp_path, **sections)
+    assert run(path) == 0
+    assert len(metrics(tmp_path / "runs" / "run")) == 5
+
+
+def test_composites_need_two_records_and_trajectories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny_exo.write_parts(tmp_path)
+    assert make(tmp_path, "--teacher", str(file), "--count", "1", "--steps", "1") == 0
+    dataset = {"kind": "trajectories", "path": str(tmp_path / "out"), "composites": True}
+    capsys.readouterr()
+    assert run(write_config(tmp_path, datasets=[dataset])) == 2
+    assert "composites must have shards of two records or more" in error_line(capsys)
+    assert run(write_config(tmp_path, datasets=[{**dataset, "kind": "folder"}])) == 2
+    assert "composites must be false for kind folder, got true; set kind: trajectories" in error_line(capsys)
 
 
 def test_training_on_latents_of_another_space_is_refused(
