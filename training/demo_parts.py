@@ -260,15 +260,19 @@ def make_model(request: Request, stop: StopFlag) -> bool:
 
     reads_text = request.arch != "exo"  # whose trunk does
     path = CONFIGS / f"{request.arch}_demo.yaml"
-    stated = yaml.safe_load(path.read_text(encoding="utf-8"))["datasets"]
+    tables = yaml.safe_load(path.read_text(encoding="utf-8"))
     left_out = "scenes/two" if request.is_short else None
     datasets = [
-        {**table, "path": str(request.out / table["path"])} for table in stated if table["path"] != left_out
+        {**table, "path": str(request.out / table["path"])}
+        for table in tables["datasets"]
+        if table["path"] != left_out
     ]
+    teachers = [_part(request.out, name) for name in tables["train"].get("teachers", ())]
     names = {"vae": VAE_NAME, **({"text": TEXT_NAME} if reads_text else {})}
     parts = [f"encoders.{part}={_part(request.out, name)}" for part, name in names.items()]
     places = [f"output.dir={request.out}", f"cache.dir={request.out / 'cache'}"]
-    assignments = [*places, f"datasets={json.dumps(datasets)}", *parts, *request.assignments]
+    lists = [f"datasets={json.dumps(datasets)}", f"train.teachers={json.dumps(teachers)}"]
+    assignments = [*places, *lists, *parts, *request.assignments]
     config = load_config(RunConfig, path, assignments)
     prompts = tuple(captions_held_out(48, 11, "one") + captions_held_out(16, 12, "two"))
     sampling = config.sampling.model_copy(update={"prompts": prompts})

@@ -13,7 +13,10 @@ from flowcore.errors import ConfigError
 from flowcore.models import Architecture
 from flowcore.pipeline import Pipeline
 from training.data.encoded import EncodedSamples
-from training.encoders import ImageEncoder
+from training.encoders import ImageEncoder, latent_facts
+
+LATENT_FACTS = ("flowcore.latents_mean", "flowcore.latents_std")
+"""What tells latents of one channel count apart."""
 
 
 class VelocityTeacher:
@@ -56,11 +59,13 @@ def load_teacher(
             "train.teachers must be left out with a dataset of kind latents, which has no captions, got "
             f"{name}"
         )
-    spec, own = pipeline.vae.spec, image_encoder.facts.get("flowcore.latent_spec")
-    if own != spec.name:
+    spec = pipeline.vae.spec
+    known = latent_facts(spec, str(pipeline.sources["vae"]))
+    if any(image_encoder.facts.get(key) != known[key] for key in LATENT_FACTS):
+        own = image_encoder.facts.get("flowcore.latent_spec", "pixels")
         raise ConfigError(
-            f"train.teachers must have the latents of encoders.vae ({own or 'pixels'}), got {name} with "
-            f"{spec.name}"
+            f"train.teachers must have the latents of encoders.vae ({own}), got {name} with others "
+            f"({spec.name}); name models that were trained with that VAE, or leave them out"
         )
     return VelocityTeacher(pipeline)
 

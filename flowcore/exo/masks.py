@@ -10,6 +10,8 @@ from ..flow.path import VelocityFn, denoised_to_velocity, velocity_to_denoised
 from ..models.exo.grids import CELL
 
 MODES = ("bilinear", "nearest")
+LATE = 0.5
+"""Level below which masks count for a picture: edits show late."""
 _LOW, _RANGE = 0.2, 0.4
 
 
@@ -50,6 +52,7 @@ def on_pixels(mask: Tensor, size: tuple[int, int], downscale: int, mode: str = "
 def preserving(velocity: VelocityFn, mask: Callable[[], Tensor], clean: Tensor, amount: float) -> VelocityFn:
     """Velocity function that leads to `clean` where the mask is 0, by an amount in [0, 1].
 
+    From level LATE on up nothing is kept yet: what the masks of much noise miss would show no change later.
     mask: gives that of the last call of velocity, `b 1 h w`. With amount 1 the run ends at `clean` where the
     mask of its last call is 0.
     Shapes: clean `b c h w`.
@@ -57,7 +60,7 @@ def preserving(velocity: VelocityFn, mask: Callable[[], Tensor], clean: Tensor, 
 
     def preserved(x: Tensor, sigma: Tensor) -> Tensor:
         denoised = velocity_to_denoised(velocity(x, sigma), x, sigma)
-        kept = amount * (1 - mask().to(x))
+        kept = amount * (1 - mask().to(x)) * (sigma < LATE)[:, None, None, None]
         return denoised_to_velocity(denoised + kept * (clean.to(x) - denoised), x, sigma)
 
     return preserved

@@ -11,10 +11,7 @@ from torch import Tensor
 
 from ..models.exo import StepResult
 from ..models.exo.grids import memory_grid
-from .masks import on_latents, on_pixels, stretch
-
-LATE = 0.5
-"""Level below which steps count for the mask of a picture: edits show late."""
+from .masks import LATE, on_latents, on_pixels, stretch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,12 +30,14 @@ class ExoConfig:
     trunk: settings of the Qwen3-VL below. embeds_trunk: whether the model owns its trunk's weights, and files
     hold them; without it a trunk is attached. latent_channels: as the model sees them (128 = FLUX.2, 64 =
     FLUX.1 packed, 16 = unpacked). memory_*: the grid that latents and edits are read from, a cell for 2 x 2
-    latents; memory_fades: it also has the picture's features fading with noise as the picture itself would,
-    so that a change shows as a difference at any noise level. adapter_*: attention of the trunk to the memory. num_queries: learned tokens after timestep and
-    iteration. projector_dim, feature_dim: channels of the image's features inside and behind the projector.
-    diffusion_*: the head that gives the velocity. edit_*: the head that marks and writes; this fraction of
-    the cells may be written in one iteration. lora_rank: of the low-rank changes of the trunk, 0 = none.
-    words: what the byte tokenizer of an own trunk reads as one token each, in lower case.
+    latents; memory_fades: it also has the picture's features fading with noise, as the picture itself would,
+    so that a change shows as a difference at any noise level. adapter_*: attention of the trunk to the
+    memory. num_queries: learned tokens after timestep and iteration. projector_dim, feature_dim: channels of
+    the image's features inside and behind the projector; projector_upscale: rows and columns of features that
+    a visual token becomes there. diffusion_*: the head that gives the velocity. edit_*: the head that marks
+    and writes; this fraction of the cells may be written in one iteration. lora_rank: of the low-rank changes
+    of the trunk, 0 = none. words: what the byte tokenizer of an own trunk reads as one token each, in lower
+    case.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TRUNKS["qwen3-vl-8b"])

@@ -52,6 +52,8 @@ def test_preserving_leads_to_the_clean_latents_where_the_mask_is_0() -> None:
     assert_close(found[..., 0, 1], plain[..., 0, 1], limit=1e-5)
     middle = (clean + x - 0.4 * plain)[..., 1, 0] / 2
     assert_close(denoised[..., 1, 0], middle, limit=1e-5)
+    early = preserving(lambda _x, _sigma: plain, lambda: mask, clean, 1.0)(x, torch.tensor([0.5]))
+    assert_close(early, plain, limit=1e-5)
 
 
 def test_the_least_recently_used_leaves_first() -> None:

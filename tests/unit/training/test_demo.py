@@ -78,7 +78,7 @@ def test_exo_learns_from_scenes_and_edits_in_its_stages(tmp_path: Path) -> None:
     assert metadata["flowcore.vae"] == "scenes-vae"
     assert json.loads(metadata["exo.vae"]) == {"family": "tiny", "repo": "scenes-vae", "subfolder": ""}
     assert json.loads(metadata["exo.training"]) == {
-        "stage": "masks-again", "step": 6, "data": ["one", "two", "edits"], "iterations": [1, 4],
+        "stage": "masks", "step": 6, "data": ["one", "two", "edits"], "iterations": [1, 4],
     }  # fmt: skip
     assert metadata["flowcore.shift"] == "3.0"
     assert "flowcore.text_encoder" not in metadata
