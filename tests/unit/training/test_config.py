@@ -16,7 +16,7 @@ output output.dir output.name output.dtype
 seed precision
 train train.method train.steps train.batch_size train.micro_batch_size train.grad_clip train.cond_dropout
 train.gradient_checkpointing train.compile train.attention
-train.epochs train.trainable
+train.epochs train.trainable train.teachers
 train.stages train.stages.name train.stages.steps train.stages.epochs train.stages.train
 train.stages.optimizer train.stages.schedule
 train.exo train.exo.task train.exo.iterations train.exo.diffusion train.exo.edit train.exo.perceptual
@@ -31,7 +31,7 @@ checkpoint checkpoint.every_steps checkpoint.keep
 sampling sampling.every_steps sampling.prompts sampling.steps sampling.cfg sampling.seed sampling.size
 logging logging.every_steps logging.tensorboard logging.plots logging.data_order logging.export_batch
 model model.arch model.preset model.weights model.overrides
-datasets datasets.kind datasets.path datasets.caption_extension datasets.repeats
+datasets datasets.kind datasets.path datasets.caption_extension datasets.repeats datasets.composites
 buckets buckets.resolution buckets.multiple buckets.max_aspect
 encoders encoders.vae encoders.text
 data data.on_error data.missing_caption
