@@ -30,7 +30,7 @@ from training.files import RunError, rename, save_tensors, write_atomic, write_f
 from training.loop import DTYPES, Run
 from training.objectives.exo import ExoObjective
 from training.objectives.flow_matching import FlowMatchingObjective, Judge, Recipe
-from training.stages import resolve_length, stages_of, tables_of
+from training.stages import resolve_length, stages_of, teachers_of
 from training.stop import StopFlag
 
 
@@ -62,7 +62,7 @@ def prepare(config: RunConfig, stop: StopFlag | None = None) -> Prepared:
         for name in names:
             if name not in ("pixels", "bytes"):
                 _resolve(f"encoders.{key}", name)
-    for name in {name for table in tables_of(config) for name in table.train.teachers}:
+    for name in teachers_of(config):
         _resolve("train.teachers", name)
     if config.model.weights is not None:
         read_weights(config, architecture, model_config)
@@ -310,8 +310,8 @@ def save_weights(
     """Writes weights in `output.dtype` (or `dtype`) under their original names, with what their users need.
 
     That is: sizes, resolution, shift of the sampled noise levels, latent space, VAE and text encoder; of exo
-    its parts, too, and the training up to `step`. `facts` are further metadata. Tables that a model derives
-    for itself are left out.
+    its parts, too, and the training up to `step`; and the teachers, if there were some. `facts` are further
+    metadata. Tables that a model derives for itself are left out.
     Raises: RunError if the file cannot be written.
     """
     architecture, model_config = prepare_model(config)
@@ -329,6 +329,7 @@ def save_weights(
             for part, name in (("vae", config.encoders.vae), ("text_encoder", _named(config.encoders.texts)))
             if name and not (part == "text_encoder" and architecture.name == "exo")
         },
+        **({"flowcore.teachers": json.dumps(teachers)} if (teachers := teachers_of(config)) else {}),
         **images.facts,
         **(facts or {}),
     }

@@ -44,6 +44,11 @@ def tables_of(config: RunConfig) -> list[RunConfig]:
     return [config, *(config.stage(number) for number in range(len(config.train.stages)))]
 
 
+def teachers_of(config: RunConfig) -> list[str]:
+    """Names of the teachers of a run and of its stages."""
+    return list(dict.fromkeys(name for table in tables_of(config) for name in table.train.teachers))
+
+
 def stage_at(stages: Sequence[Stage], step: int) -> int:
     """Number of the stage that a step (from 0) lies in; the last one for steps behind it."""
     return next((number for number, stage in enumerate(stages) if step < stage.last), len(stages) - 1)

@@ -1,5 +1,6 @@
 """Teachers: whose velocity a run learns, of which samples, and which models cannot be one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,21 @@ def test_a_run_learns_what_its_teacher_knows(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+def test_a_file_names_the_teachers_of_its_run(tmp_path: Path) -> None:
+    teacher = str(write_parts(tmp_path))
+    write_images(tmp_path / "images", 4, [(SIDE, SIDE)])
+    stages = [{"name": "alone", "steps": 1}, {"name": "taught", "steps": 1, "train": {"teachers": [teacher]}}]
+    path = write_config(
+        tmp_path,
+        model={"arch": "xut", "overrides": {"input_dim": 4}},
+        encoders={"vae": str(tmp_path / VAE)},
+        train={"steps": 2, "stages": stages},
+    )
+    assert run(path) == 0
+    _, metadata = read_tensors(tmp_path / "runs" / "run" / "final" / "model.safetensors")
+    assert json.loads(metadata["flowcore.teachers"]) == [teacher]
 
 
 @pytest.mark.parametrize(
