@@ -13,6 +13,7 @@ MODES = ("bilinear", "nearest")
 LATE = 0.5
 """Level below which masks count for a picture: edits show late."""
 _LOW, _RANGE = 0.2, 0.4
+_CLOSE = 1e-6
 
 
 def stretch(mask: Tensor) -> Tensor:
@@ -49,10 +50,21 @@ def on_pixels(mask: Tensor, size: tuple[int, int], downscale: int, mode: str = "
     return whole[:, 0, : size[0] * downscale, : size[1] * downscale]
 
 
-def preserving(velocity: VelocityFn, mask: Callable[[], Tensor], clean: Tensor, amount: float) -> VelocityFn:
+def late_level(sigmas: Tensor) -> float:
+    """The first level of a run whose masks count: the highest below LATE, else that of the last step.
+
+    sigmas: falling to 0.
+    """
+    levels: list[float] = sigmas[:-1].tolist()
+    return max((level for level in levels if level < LATE), default=levels[-1])
+
+
+def preserving(
+    velocity: VelocityFn, mask: Callable[[], Tensor], clean: Tensor, amount: float, start: float
+) -> VelocityFn:
     """Velocity function that leads to `clean` where the mask is 0, by an amount in [0, 1].
 
-    From level LATE on up nothing is kept yet: what the masks of much noise miss would show no change later.
+    Above the level start nothing is kept yet: what the masks of much noise miss would show no change later.
     mask: gives that of the last call of velocity, `b 1 h w`. With amount 1 the run ends at `clean` where the
     mask of its last call is 0.
     Shapes: clean `b c h w`.
@@ -60,7 +72,8 @@ def preserving(velocity: VelocityFn, mask: Callable[[], Tensor], clean: Tensor, 
 
     def preserved(x: Tensor, sigma: Tensor) -> Tensor:
         denoised = velocity_to_denoised(velocity(x, sigma), x, sigma)
-        kept = amount * (1 - mask().to(x)) * (sigma < LATE)[:, None, None, None]
+        is_late = (sigma < start + _CLOSE)[:, None, None, None]
+        kept = amount * (1 - mask().to(x)) * is_late
         return denoised_to_velocity(denoised + kept * (clean.to(x) - denoised), x, sigma)
 
     return preserved

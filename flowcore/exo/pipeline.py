@@ -33,7 +33,7 @@ from ..vae.tiling import tiling_of
 from ..weights.checkpoint import LoadedModel
 from .facts import trained_iterations
 from .loading import TrunkOptions, give_trunk, vae_source
-from .masks import preserving
+from .masks import late_level, preserving
 from .offload import brought, decoder_layers, streamed
 from .prefixes import Recent, digest, prompt_keys, weights_key
 from .settings import ExoSettings
@@ -250,7 +250,8 @@ class ExoPipeline(Pipeline):
         cell = self.vae.spec.downscale
         last = partial(trace.last_stretched, (height // cell, width // cell))
         if clean is not None and settings.preserve:
-            velocity = preserving(velocity, last, clean, settings.preserve)
+            start = late_level(settings.sigmas())
+            velocity = preserving(velocity, last, clean, settings.preserve, start)
         with trace.timed("steps"):
             latents = self.integrate(velocity, seeds, settings, clean=clean, mask=mask, callback=callback)
         if clean is None or settings.preserve != 1:

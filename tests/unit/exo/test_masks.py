@@ -7,7 +7,7 @@ import torch
 
 from flowcore.conditioning import Conditioning
 from flowcore.errors import ConfigError
-from flowcore.exo.masks import on_latents, on_pixels, preserving, stretch
+from flowcore.exo.masks import late_level, on_latents, on_pixels, preserving, stretch
 from flowcore.exo.prefixes import Recent, prompt_keys
 from flowcore.models.exo import join_prefixes
 from tests.exo_recomputed import random_exo
@@ -46,14 +46,22 @@ def test_preserving_leads_to_the_clean_latents_where_the_mask_is_0() -> None:
     clean, x = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
     mask = torch.tensor([[[[0.0, 1.0], [0.5, 0.0]]]])
     plain, level = torch.randn(1, 3, 2, 2), torch.tensor([0.4])
-    found = preserving(lambda _x, _sigma: plain, lambda: mask, clean, 1.0)(x, level)
+    found = preserving(lambda _x, _sigma: plain, lambda: mask, clean, 1.0, 0.4)(x, level)
     denoised = x - 0.4 * found
     assert_close(denoised[..., 0, 0], clean[..., 0, 0], limit=1e-5)
     assert_close(found[..., 0, 1], plain[..., 0, 1], limit=1e-5)
     middle = (clean + x - 0.4 * plain)[..., 1, 0] / 2
     assert_close(denoised[..., 1, 0], middle, limit=1e-5)
-    early = preserving(lambda _x, _sigma: plain, lambda: mask, clean, 1.0)(x, torch.tensor([0.5]))
+    early = preserving(lambda _x, _sigma: plain, lambda: mask, clean, 1.0, 0.4)(x, torch.tensor([0.5]))
     assert_close(early, plain, limit=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [([1.0, 0.6, 0.49, 0.2, 0.0], 0.49), ([1.0, 0.8, 0.6, 0.0], 0.6), ([0.3, 0.0], 0.3)],
+)
+def test_masks_count_late_and_at_least_in_the_last_step(levels: list[float], expected: float) -> None:
+    assert late_level(torch.tensor(levels)) == pytest.approx(expected)
 
 
 def test_the_least_recently_used_leaves_first() -> None:
