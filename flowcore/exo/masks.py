@@ -1,6 +1,6 @@
 """Masks of Exo's edits, a value in 0..1 for each memory cell, on latents and pixels, and what they keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional
@@ -50,12 +50,8 @@ def on_pixels(mask: Tensor, size: tuple[int, int], downscale: int, mode: str = "
     return whole[:, 0, : size[0] * downscale, : size[1] * downscale]
 
 
-def late_level(sigmas: Tensor) -> float:
-    """The first level of a run whose masks count: the highest below LATE, else that of the last step.
-
-    sigmas: falling to 0.
-    """
-    levels: list[float] = sigmas[:-1].tolist()
+def late_level(levels: Sequence[float]) -> float:
+    """Return the highest level whose masks count, of those of a run's steps: below LATE, else the last."""
     return max((level for level in levels if level < LATE), default=levels[-1])
 
 

@@ -250,7 +250,7 @@ class ExoPipeline(Pipeline):
         cell = self.vae.spec.downscale
         last = partial(trace.last_stretched, (height // cell, width // cell))
         if clean is not None and settings.preserve:
-            start = late_level(settings.sigmas())
+            start = late_level(settings.sigmas()[:-1].tolist())
             velocity = preserving(velocity, last, clean, settings.preserve, start)
         with trace.timed("steps"):
             latents = self.integrate(velocity, seeds, settings, clean=clean, mask=mask, callback=callback)

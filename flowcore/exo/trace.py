@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.exo import StepResult
 from ..models.exo.grids import memory_grid
-from .masks import LATE, on_latents, on_pixels, stretch
+from .masks import late_level, on_latents, on_pixels, stretch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,8 @@ class Trace:
 
     def infos(self, size: tuple[int, int], downscale: int, seeds: Sequence[int]) -> list[ExoInfo]:
         """Return what each picture's run left."""
-        late = [call for call in self.calls if call[0] < LATE] or self.calls[-1:]
+        start = late_level([call[0] for call in self.calls])
+        late = [call for call in self.calls if call[0] <= start]
         masks, sparse = (
             torch.stack(parts).mean(dim=0).unflatten(2, memory_grid(*size)).cpu()
             for parts in ([call[1] for call in late], [call[2] for call in late])

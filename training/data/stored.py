@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowcore.models.exo.grids import CELL
+from flowcore.models.exo.grids import CELL, memory_grid
 from training.data.cache import Encoded
 from training.data.sample import LATENTS, SOURCE_LATENTS, DataError, Sample, SampleError
 from training.keys import generator
@@ -52,7 +52,7 @@ def compose(latents: Tensor, other: Tensor, name: str) -> Tensor:
     """
     chance, made = generator(0, f"composite {name}"), latents.clone()
     spans = []
-    for side in (latents.shape[-2] // CELL, latents.shape[-1] // CELL):
+    for side in memory_grid(latents.shape[-2], latents.shape[-1]):
         length = int(torch.randint(max(1, side // 4), max(1, 3 * side // 4) + 1, (1,), generator=chance))
         first = int(torch.randint(side - length + 1, (1,), generator=chance))
         spans.append(slice(first * CELL, (first + length) * CELL))

@@ -13,7 +13,7 @@ from flowcore.errors import ConfigError
 from flowcore.pipeline import Pipeline
 from flowcore.weights.checkpoint import read_tensors
 from tests.tiny import MODEL, VAE, write_parts
-from tests.unit.training.workspace import run, run_config, write_config, write_edits, write_images
+from tests.unit.training.workspace import fitted, run, run_config, write_config, write_edits, write_images
 from training.assemble import build_objective, prepare
 from training.objectives.flow_matching import FlowMatchingObjective
 from training.stop import StopFlag
@@ -91,14 +91,7 @@ def test_a_run_learns_what_its_teacher_knows(tmp_path: Path) -> None:
     teacher = str(write_parts(tmp_path))
     write_images(tmp_path / "images", 8, [(SIDE, SIDE)])
     made = objective(tmp_path, [teacher], "xut", cond_dropout=0.0)
-    optimizer = torch.optim.Adam(made.module.parameters(), lr=3e-3)
-    losses = []
-    for step in range(60):
-        loss = made.loss(step % 2, BATCH)
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = fitted(made, 60, 2)
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.config import RunConfig, validate
+from training.objectives.flow_matching import FlowMatchingObjective
 from training.run import main
 
 SIZES = ((32, 32), (48, 32), (32, 48))
@@ -98,6 +99,19 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in err
     assert len(lines[0]) < 500
     return lines[0]
+
+
+def fitted(made: FlowMatchingObjective, steps: int, batches: int) -> list[float]:
+    """Losses of an objective over a few batches of four, again and again, while its module learns them."""
+    optimizer = torch.optim.Adam(made.module.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        loss = made.loss(step % batches, slice(0, 4))
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
 
 
 def metrics(folder: Path) -> list[list[str]]:

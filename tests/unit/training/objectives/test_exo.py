@@ -13,7 +13,7 @@ from flowcore.errors import CheckpointError, ConfigError
 from flowcore.models.exo.labels import changed_cells
 from tests.exo_trunk import REFERENCE, TRUNK, write_trunk
 from tests.tiny import VAE, write_parts
-from tests.unit.training.workspace import run_config, write_edits, write_images
+from tests.unit.training.workspace import fitted, run_config, write_edits, write_images
 from training.assemble import build_objective, prepare
 from training.objectives.exo import ExoObjective
 from training.stop import StopFlag
@@ -223,14 +223,7 @@ def test_a_task_has_gradients_for_its_part_and_can_be_learned(
     found = gradients(made, made.loss(0, BATCH))
     assert all(name.startswith(trained) for name in found)
     assert any(name.startswith(trained[-1]) for name in found)
-    optimizer = torch.optim.Adam(made.module.parameters(), lr=3e-3)
-    losses = []
-    for step in range(25):
-        loss = made.loss(step % 5, BATCH)
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = fitted(made, 25, 5)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
