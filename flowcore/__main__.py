@@ -48,6 +48,10 @@ def run(command: Command, options: argparse.Namespace) -> int:
             return command(options)
     except KeyboardInterrupt:
         return fail("interrupted", FAILED)
+    except ModuleNotFoundError as err:
+        if options.debug or err.name != "torch":
+            raise
+        return fail("package torch must be installed, found none; run: python -m pip install torch", UNUSABLE)
     except (FlowCoreError, OSError, RuntimeError) as err:
         if options.debug:
             raise

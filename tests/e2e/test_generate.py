@@ -363,3 +363,14 @@ def test_converted_model_makes_the_same_picture(
     assert code == 2
     assert "layout must be one of" in line
     assert failure(capsys, "convert", target, target)[0] == 2
+
+
+def test_without_torch_one_line_says_so() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from flowcore.__main__ import main; print(main(['a bee']))"
+    )
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "2"
+    assert done.stderr == (
+        "error: package torch must be installed, found none; run: python -m pip install torch\n"
+    )
