@@ -25,15 +25,16 @@ class ExoTraining(Strict):
     """What a run of exo minimises (exo.md 10); other architectures do not read it.
 
     task: velocity; projector = the picture's latents from its visual tokens; language = words from the states
-    of the trunk's own text; masks = the known labels of edits alone. The weights diffusion, edit and
+    of the trunk's own text; rewrite = what the image of an edit shows, in words, from its source and its
+    instruction, for models that rewrite these; masks = the known labels of edits alone. The weights diffusion, edit and
     perceptual are those of the three losses; of the edit loss, sparsity is the price of a marked cell and
     labels the weight of the cells' known labels. source: of the source picture's latents from its visual
-    tokens, where velocity is learned.
+    tokens, where velocity is learned; rewrite: of what the task of that name learns, likewise.
     iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
     whether samples without source picture have an edit loss, against the estimate of the first iteration.
     """
 
-    task: Literal["velocity", "projector", "language", "masks"] = "velocity"
+    task: Literal["velocity", "projector", "language", "rewrite", "masks"] = "velocity"
     iterations: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (1, 4)
     diffusion: float = Field(0.9, ge=0)
     edit: float = Field(0.1, ge=0)
@@ -41,6 +42,7 @@ class ExoTraining(Strict):
     sparsity: float = Field(0.1, gt=0)
     labels: float = Field(0.2, ge=0)
     source: float = Field(0.0, ge=0)
+    rewrite: float = Field(0.0, ge=0)
     features: Literal["decoder_mid", "lpips", "none"] = "decoder_mid"
     plain_edits: bool = True
 

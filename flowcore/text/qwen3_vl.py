@@ -20,7 +20,9 @@ from ..conditioning import Conditioning
 from ..errors import CheckpointError, ConfigError, ShapeError
 
 IMAGE = "<|image_pad|>"
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE, "<|pad|>")
+END = "<|im_end|>"
+"""Behind an answer."""
+SPECIAL = ("<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE, "<|pad|>")
 """Special tokens of the byte tokenizer, numbered from 256 on."""
 CELL = 32
 """Pixels on a side of a visual token: 2 x 2 patches of 16."""
@@ -37,6 +39,9 @@ class Tokenizer(Protocol):
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text that holds special tokens."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
 
 
 class ByteTokenizer:
@@ -62,6 +67,16 @@ class ByteTokenizer:
         for piece in re.split(f"({'|'.join(map(re.escape, SPECIAL))})", text):
             found += [256 + SPECIAL.index(piece)] if piece in SPECIAL else self._plain_ids(piece)
         return found
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text, as `Tokenizer`; a word has a blank before it."""
+        words = {number: word for word, number in self.words.items()}
+        parts = (
+            f" {words[number]}".encode() if number in words else bytes([number])
+            for number in ids
+            if number < 256 or number in words
+        )
+        return b"".join(parts).decode(errors="replace").strip()
 
     def _plain_ids(self, text: str) -> list[int]:
         found: list[int] = []
@@ -109,6 +124,11 @@ class ChatTokenizer:
         found: list[int] = self.network(text, add_special_tokens=False)["input_ids"]
         return found
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text, as `Tokenizer`."""
+        found: str = self.network.decode(ids, skip_special_tokens=True)
+        return found.strip()
+
 
 class PromptReader:
     """What a pipeline has in place of a text encoder: the trunk itself reads its prompts and pictures.
@@ -141,16 +161,22 @@ class PromptReader:
         """Return the token ids of prompts without pictures."""
         return self.read(prompts)
 
-    def read(self, prompts: Sequence[str], pictures: Tensor | None = None) -> Conditioning:
+    def read(
+        self,
+        prompts: Sequence[str],
+        pictures: Tensor | None = None,
+        *,
+        answers: Sequence[str] | None = None,
+    ) -> Conditioning:
         """Return the token ids of prompts, with a picture `b 3 h w` in [-1, 1] of any size for each.
 
-        Pictures are resized to as many visual tokens as the trunk knows: a published one to 256 to 1280, a
+        answers: what is said to each prompt, behind it. Pictures are resized to as many visual tokens as the trunk knows: a published one to 256 to 1280, a
         small one, which reads bytes, to no fewer than they have.
         """
         if pictures is not None:
             least = 1 if isinstance(self.tokenizer, ByteTokenizer) else LEAST
             pictures = fit_pictures(pictures, least=least)
-        return encode_prompts(self.tokenizer, prompts, pictures, patch=self.patch)
+        return encode_prompts(self.tokenizer, prompts, pictures, answers=answers, patch=self.patch)
 
     def unknown_words(self, prompt: str) -> list[str]:  # noqa: ARG002 - as `TextEncoder`
         """Return nothing: every text has tokens."""
@@ -158,7 +184,12 @@ class PromptReader:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], images: Tensor | None = None, *, patch: int = 16
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    images: Tensor | None = None,
+    *,
+    answers: Sequence[str] | None = None,
+    patch: int = 16,
 ) -> Conditioning:
     """Return conditions for Exo: the context holds token ids `b m 1`, extras the pictures' patches.
 
@@ -166,6 +197,7 @@ def encode_prompts(
         tokenizer: of the trunk.
         prompts: one or more; the empty one leads guidance.
         images: a picture for each prompt, `b 3 h w` in [-1, 1], sides multiples of two patches.
+        answers: the answer that follows each prompt, up to its end; None = none yet.
         patch: pixels on a side of the trunk's patches.
     Raises: ConfigError for a prompt with an image token in it; ShapeError for pictures that do not fit.
     """
@@ -180,12 +212,17 @@ def encode_prompts(
         pixels, grids = to_patches(images, patch)
         extras, count = {"pixels": pixels, "grids": grids}, pixels.shape[1] // 4
     rows = []
-    for prompt in prompts:
-        text = tokenizer.chat(prompt, has_image=images is not None)
-        rows.append(torch.tensor(tokenizer.ids(text.replace(IMAGE, IMAGE * count))))
+    for number, prompt in enumerate(prompts):
+        text = tokenizer.chat(prompt, has_image=images is not None).replace(IMAGE, IMAGE * count)
+        rows.append(torch.tensor(tokenizer.ids(text) + (answer_ids(tokenizer, answers[number]) if answers else [])))
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
     ids = pad_sequence(rows, batch_first=True)
     return Conditioning(context=ids[..., None], context_mask=mask, extras=extras)
+
+
+def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
+    """Return the token ids of an answer with its end."""
+    return tokenizer.ids(answer + END)
 
 
 def to_patches(images: Tensor, patch: int = 16) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,23 @@ def _read_sample(path: Path, root: Path, extension: str, data: Data) -> Sample:
     if not source.is_file():
         return Sample(path.relative_to(root).as_posix(), path, caption, width, height)
     image_size(source)
-    return Sample(path.relative_to(root).as_posix(), path, caption, width, height, source)
+    return Sample(
+        path.relative_to(root).as_posix(), path, caption, width, height, source, _read_target(path)
+    )
+
+
+def _read_target(path: Path) -> str | None:
+    """What the image shows, the `target` of `NAME.json`; None without that."""
+    facts = path.with_suffix(".json")
+    try:
+        target = json.loads(facts.read_text(encoding="utf-8")).get("target")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as err:
+        raise SampleError(facts, f"must be readable JSON, an object, got {err}") from err
+    if target is not None and not isinstance(target, str):
+        raise SampleError(facts, f"target must be a text, got {target!r}")
+    return target
 
 
 def _read_caption(path: Path, extension: str, data: Data) -> str:

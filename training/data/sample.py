@@ -54,6 +54,7 @@ class Sample:
     """One image file with its caption; `key` is the path relative to its dataset, sizes are in pixels.
 
     source: the picture before the edit that the caption asks for, None where the caption describes the image.
+    target: what the image of an edit shows, in words, None where that is not known.
     stored: the latents in the file, if it is none of an image.
     """
 
@@ -63,6 +64,7 @@ class Sample:
     width: int
     height: int
     source: Path | None = None
+    target: str | None = None
     stored: Stored | None = None
 
     @property

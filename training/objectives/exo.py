@@ -1,4 +1,4 @@
-"""What exo learns: velocity and edits, masks alone, its projector, or the words of its own trunk.
+"""What exo learns: velocity and edits, masks alone, its projector, or to speak with its own trunk.
 
 Samples with a source picture are edits: the picture goes through the vision tower, its latents are what the
 edit is measured against. A batch holds edits or plain samples, in proportion to their numbers.
@@ -20,7 +20,7 @@ from flowcore.models import Architecture
 from flowcore.models.exo import Exo, PrefixState, StepResult
 from flowcore.models.exo.grids import memory_grid, on_grid
 from flowcore.models.exo.trunk import look
-from flowcore.text.qwen3_vl import PromptReader
+from flowcore.text.qwen3_vl import PromptReader, answer_ids
 from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
 from training.data.images import load_image
@@ -30,6 +30,9 @@ from training.objectives.exo_losses import PERCEPTUAL_BELOW, kept_and_changed, l
 from training.objectives.exo_stored import check_prompt, stored_prompts
 from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
 from training.objectives.language import TokenHeads, next_loss
+
+_OF_EDITS = ("masks", "rewrite")
+"""Tasks that samples without a source picture have nothing for."""
 
 
 class ExoObjective(FlowMatchingObjective):
@@ -64,8 +67,7 @@ class ExoObjective(FlowMatchingObjective):
             recipe.exo.features: likeness(recipe.exo.features, image_encoder) for recipe in recipes
         }
         tasks = {recipe.exo.task for recipe in recipes}
-        if "masks" in tasks and not any(sample.is_edit for sample in data.samples):
-            raise ConfigError("train.exo.task masks must have a dataset with source pictures, got none")
+        self._check_edits(recipes)
         self.heads: TokenHeads | None = None
         if "language" in tasks:
             vocab = module.config.trunk["text_config"]["vocab_size"]
@@ -85,12 +87,13 @@ class ExoObjective(FlowMatchingObjective):
             "masks": self._masks_loss,
             "projector": self._projector_loss,
             "language": self._language_loss,
+            "rewrite": self._rewrite_loss,
         }
         return losses[task](draw)
 
     def groups_at(self, step: int) -> list[list[int]]:
-        """As for any model; edits alone where masks are learned."""
-        if self.recipe_at(step).exo.task != "masks":
+        """As for any model; edits alone where only they can be learned from."""
+        if self.recipe_at(step).exo.task not in _OF_EDITS:
             return self.groups
         return [group for group in self.groups if self.data.samples[group[0]].is_edit]
 
@@ -106,10 +109,9 @@ class ExoObjective(FlowMatchingObjective):
 
     def text_of(self, numbers: Sequence[int], dropped: Sequence[bool]) -> Conditioning:
         """The same, without the captions that are dropped; as a sample's file has them if it does."""
-        samples = [self.data.samples[number] for number in numbers]
-        if samples[0].is_told:
+        if self.data.samples[numbers[0]].is_told:
             return stored_prompts([self.data.told(number) for number in numbers], dropped, self.chat)
-        captions = ["" if drop else s.caption for s, drop in zip(samples, dropped, strict=True)]
+        captions = ["" if drop else self._shown(n) for n, drop in zip(numbers, dropped, strict=True)]
         return self.chat.read(captions, self._sources(numbers))
 
     def told(self, draw: Draw) -> Conditioning:
@@ -159,6 +161,8 @@ class ExoObjective(FlowMatchingObjective):
         loss = weights.diffusion * functional.mse_loss(result.velocity.float(), self.target(draw))
         if weights.edit:
             loss = loss + weights.edit * self._edit_loss(draw, prefix, result)
+        if weights.rewrite and self._is_edit(draw):
+            loss = loss + weights.rewrite * self._rewrite_loss(draw)
         if weights.perceptual:
             loss = loss + weights.perceptual * self._perceptual_loss(draw, result)
         if weights.source and prefix.features is not None:
@@ -247,6 +251,47 @@ class ExoObjective(FlowMatchingObjective):
         table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
         spoken = torch.stack([self.heads.spoken_loss(state, ids, mask) for state in passed.taps])
         return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
+
+    def _rewrite_loss(self, draw: Draw) -> Tensor:
+        """Cross-entropy of the words for what edits show, after their source pictures and instructions."""
+        captions = [self.data.samples[number].caption for number in draw.numbers]
+        answers = [self._shown(number) for number in draw.numbers]
+        told = self.chat.read(captions, self._sources(draw.numbers), answers=answers).to(self.device)
+        assert told.context is not None
+        assert told.context_mask is not None
+        ids, mask = told.context[..., 0], told.context_mask
+        passed = self.exo.read(ids, mask, **told.extras, runtime=self.recipe_at(draw.step).runtime())
+        lengths = [len(answer_ids(self.chat.tokenizer, answer)) for answer in answers]
+        first = mask.sum(dim=1) - torch.tensor(lengths, device=self.device)
+        is_said = mask & (torch.arange(ids.shape[1], device=self.device) >= first[:, None])
+        table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
+        return next_loss(passed.hidden, table, ids, is_said)
+
+    def _shown(self, number: int) -> str:
+        """What a sample's image shows: its caption, of edits that the model rewrites what it would say."""
+        sample = self.data.samples[number]
+        if sample.target is None or not self.exo.config.rewrites:
+            return sample.caption
+        return sample.target
+
+    def _check_edits(self, recipes: Sequence[Recipe]) -> None:
+        """Raises: ConfigError if a recipe learns from edits, or from words for them, and there are none."""
+        edits = [sample for sample in self.data.samples if sample.is_edit]
+        for recipe in recipes:
+            if recipe.exo.task in _OF_EDITS and not edits:
+                raise ConfigError(
+                    f"train.exo.task {recipe.exo.task} must have a dataset with source pictures, got none"
+                )
+            if recipe.exo.task != "rewrite" and not recipe.exo.rewrite:
+                continue
+            if not self.exo.config.rewrites:
+                raise ConfigError("train.exo must not learn to rewrite, got a model with rewrites: false")
+            untold = next((sample.path for sample in edits if sample.target is None), None)
+            if untold is not None:
+                raise ConfigError(
+                    f"train.exo must not learn to rewrite from {untold}, whose target is not described; add it "
+                    f'as "target" in {untold.with_suffix(".json").name}'
+                )
 
     def _source_latents(self, draw: Draw) -> Tensor:
         return self.data.source_latents(draw.numbers).to(self.device)

@@ -18,8 +18,8 @@ from .trunk_config import BYTE_TOKENS, TRUNKS, TrunkConfig, check_trunk, find_tr
 MAX_ITERATIONS = 8
 """Refinement iterations that have a vector of their own."""
 NUM_ADAPTERS = 4
-_NOT_SIZES = ("trunk", "embeds_trunk", "memory_fades", "edit_fraction", "lora_alpha", "words")
-_STORED = ("edit_fraction", "lora_alpha", "words")
+_NOT_SIZES = ("trunk", "embeds_trunk", "memory_fades", "edit_fraction", "lora_alpha", "words", "rewrites")
+_STORED = ("edit_fraction", "lora_alpha", "words", "rewrites")
 """Fields that no shape tells."""
 
 
@@ -37,7 +37,8 @@ class ExoConfig:
     a visual token becomes there. diffusion_*: the head that gives the velocity. edit_*: the head that marks
     and writes; this fraction of the cells may be written in one iteration. lora_rank: of the low-rank changes
     of the trunk, 0 = none. words: what the byte tokenizer of an own trunk reads as one token each, in lower
-    case.
+    case. rewrites: whether an own trunk first says in words what a picture shows after what is asked of it, and
+    all else goes by that instead of the instruction.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TRUNKS["qwen3-vl-8b"])
@@ -63,6 +64,7 @@ class ExoConfig:
     lora_rank: int = 0
     lora_alpha: float = 32.0
     words: tuple[str, ...] = ()
+    rewrites: bool = False
 
     def __post_init__(self) -> None:
         """Check every field. Raises: ConfigError."""
@@ -84,6 +86,8 @@ class ExoConfig:
             raise ConfigError(f"diffusion_patch must be 1 or 2, got {self.diffusion_patch}")
         if not 0 < self.edit_fraction <= 1:
             raise ConfigError(f"edit_fraction must lie above 0 and at most at 1, got {self.edit_fraction}")
+        if self.rewrites and not self.embeds_trunk:
+            raise ConfigError("rewrites must be false for a trunk by reference, whose output layer is not loaded")
         self._check_words()
 
     def _check_words(self) -> None:
@@ -230,7 +234,8 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     """Return the configuration that tensors with bare Exo names have.
 
     Shapes decide whatever they can. `flowcore.config` of the metadata gives the rest: the trunk's settings
-    (without it the trunk is the known one of the same width and depth), edit_fraction, lora_alpha, words.
+    (without it the trunk is the known one of the same width and depth), edit_fraction, lora_alpha, words,
+    rewrites.
     Raises: CheckpointError if a tensor that is needed is missing or has a shape no Exo model has.
     """
     reader = TensorReader(tensors, "Exo")

@@ -33,6 +33,7 @@ from .trunk import (
     look,
     prefix_positions,
     run_decoder,
+    speak,
     suffix_mask,
 )
 
@@ -130,18 +131,13 @@ class Exo(nn.Module):
 
         Raises: ShapeError if shapes do not fit each other; ConfigError without a trunk.
         """
-        trunk, mask = self._trunk(), torch.ones_like(token_ids) if token_mask is None else token_mask
-        mask = mask.bool()
-        is_image = (token_ids == self.config.trunk["image_token_id"]) & mask
-        check_prompt(token_ids, mask, is_image, pixels, grids)
-        picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
-        grid = None if picture is None else (picture.rows, picture.columns)
-        positions = prefix_positions(is_image, mask, grid)
-        passed = self._read(token_ids, mask, positions, runtime, picture)
+        mask = (torch.ones_like(token_ids) if token_mask is None else token_mask).bool()
+        passed, positions, picture = self._read(token_ids, mask, pixels, grids, runtime)
         dtype = dtype or passed.hidden.dtype
         features = None
         if picture is not None:
-            features = self._features(picture, is_image.any(dim=1), size, dtype)
+            has_image = self._is_image(token_ids, mask).any(dim=1)
+            features = self._features(picture, has_image, size, dtype)
         return PrefixState(
             past=self._with_room(passed.past),
             reads=self.diffusion_head.read(passed.taps, dtype),
@@ -151,10 +147,40 @@ class Exo(nn.Module):
             size=size,
         )
 
-    def read(self, token_ids: Tensor, mask: Tensor, *, runtime: Runtime = DEFAULT_RUNTIME) -> Pass:
-        """Return what the trunk makes of texts alone: token ids `b m` and their mask, True on real tokens."""
-        positions = prefix_positions(torch.zeros_like(mask), mask, None)
-        return self._read(token_ids, mask, positions, runtime)
+    def read(
+        self,
+        token_ids: Tensor,
+        mask: Tensor,
+        *,
+        pixels: Tensor | None = None,
+        grids: Tensor | None = None,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> Pass:
+        """Return what the trunk makes of texts and pictures; arguments are those of `encode`, the mask boolean.
+
+        Raises: as `encode`.
+        """
+        return self._read(token_ids, mask, pixels, grids, runtime)[0]
+
+    @torch.no_grad()
+    def answer(
+        self,
+        token_ids: Tensor,
+        mask: Tensor,
+        *,
+        end: int,
+        most: int,
+        pixels: Tensor | None = None,
+        grids: Tensor | None = None,
+        runtime: Runtime = DEFAULT_RUNTIME,
+    ) -> list[list[int]]:
+        """Return the tokens that follow each prompt, the likeliest one after another, up to the token `end`.
+
+        most: tokens of an answer that does not end. The rest is as in `read`, also what it raises.
+        """
+        passed, positions, _ = self._read(token_ids, mask, pixels, grids, runtime)
+        first = positions.amax(dim=(0, 2)) + 1
+        return speak(self._trunk(), passed, mask, first, end=end, most=most, lora=self.lora, runtime=runtime)
 
     def step(
         self,
@@ -265,19 +291,23 @@ class Exo(nn.Module):
         self,
         token_ids: Tensor,
         mask: Tensor,
-        positions: Tensor,
+        pixels: Tensor | None,
+        grids: Tensor | None,
         runtime: Runtime,
-        picture: Picture | None = None,
-    ) -> Pass:
-        """Return the pass of prompts, whose image tokens are those of the picture."""
-        trunk = self._trunk()
+    ) -> tuple[Pass, Tensor, Picture | None]:
+        """Return the pass of prompts, their positions `3 b m`, and what is seen of their pictures."""
+        trunk, is_image = self._trunk(), self._is_image(token_ids, mask)
+        check_prompt(token_ids, mask, is_image, pixels, grids)
+        picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
+        positions = prefix_positions(
+            is_image, mask, None if picture is None else (picture.rows, picture.columns)
+        )
         x: Tensor = trunk.get_submodule("language_model.embed_tokens")(token_ids)
         deep: tuple[Tensor, ...] = ()
         if picture is not None:
-            is_image = (token_ids == self.config.trunk["image_token_id"]) & mask
             x = at_image(x, is_image, picture.tokens)
             deep = tuple(at_image(torch.zeros_like(x), is_image, part) for part in picture.deep)
-        return run_decoder(
+        passed = run_decoder(
             trunk,
             x,
             positions,
@@ -288,6 +318,11 @@ class Exo(nn.Module):
             lora=self.lora,
             runtime=runtime,
         )
+        return passed, positions, picture
+
+    def _is_image(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return which tokens `b m` are visual ones."""
+        return (token_ids == self.config.trunk["image_token_id"]) & mask
 
     def _suffix(
         self, x: Tensor, memory: Tensor, prefix: PrefixState, past: Past, iteration: int, runtime: Runtime

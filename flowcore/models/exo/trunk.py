@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...errors import ConfigError, ShapeError, settings_fit
 from ...layers.attention import AttentionFn, causal, sdpa
@@ -240,6 +241,49 @@ def run_decoder(
         layers.append(kept)
     length = positions.shape[-1] + (0 if past is None else past.length)
     return Pass(hidden=decoder.norm(x), taps=tuple(seen), past=Past(tuple(layers), length))
+
+
+def speak(
+    trunk: nn.Module,
+    passed: Pass,
+    mask: Tensor,
+    position: Tensor,
+    *,
+    end: int,
+    most: int,
+    lora: TrunkLora | None,
+    runtime: Runtime,
+) -> list[list[int]]:
+    """Return the tokens that follow prompts, the likeliest one after another, by the trunk's own embeddings.
+
+    Shapes: passed and mask `b m` of the prompts; position `b`, of the first new token. end: the token that ends
+    an answer, which has at most so many.
+    """
+    embed: Any = trunk.get_submodule("language_model.embed_tokens")
+    rows = torch.arange(len(mask), device=mask.device)
+    last, past, keep = passed.hidden[rows, mask.sum(dim=1) - 1], passed.past, mask
+    said: list[Tensor] = []
+    is_open = torch.ones_like(position, dtype=torch.bool)
+    while len(said) < most:
+        said.append((last @ embed.weight.T).argmax(dim=-1))
+        is_open &= said[-1] != end
+        if not bool(is_open.any()):
+            break
+        keep = functional.pad(keep, (0, 1), value=True)
+        following = run_decoder(
+            trunk,
+            embed(said[-1])[:, None],
+            (position + len(said) - 1).expand(3, -1)[..., None],
+            keep=keep[:, None, None],
+            past=past,
+            taps=(),
+            after=lambda _, h: h,
+            lora=lora,
+            runtime=runtime,
+        )
+        last, past = following.hidden[:, 0], following.past
+    answers = torch.stack(said, dim=1).tolist()
+    return [row[: row.index(end)] if end in row else row for row in answers]
 
 
 def _layer(
