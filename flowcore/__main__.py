@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BATCH = 4
 """Pictures sampled at once."""
-EXO_SETTINGS = ("iterations", "preserve", "eta", "schedule")
+EXO_SETTINGS = ("iterations", "preserve", "eta", "schedule", "rewrite")
 """Options that models other than exo do not have."""
 
 
@@ -169,6 +169,13 @@ def _add_exo(add: Callable[..., argparse.Action]) -> None:
         help="0 to 1: keep what no edit marks as it is in the picture of --init (0)",
     )
     add("--eta", type=float, metavar="X", help="0 to 1: new noise in each step (0)")
+    add(
+        "--no-rewrite",
+        dest="rewrite",
+        action="store_const",
+        const=False,
+        help="draw the prompt as it is, not what the model says that the picture of --init becomes",
+    )
     add("--schedule", metavar="NAME", help="shift, or flux2, whose shift follows from size and steps (shift)")
     add(
         "--trunk-dtype",

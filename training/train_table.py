@@ -29,7 +29,7 @@ class ExoTraining(Strict):
     instruction, for models that rewrite these; masks = the known labels of edits alone. The weights diffusion, edit and
     perceptual are those of the three losses; of the edit loss, sparsity is the price of a marked cell and
     labels the weight of the cells' known labels. source: of the source picture's latents from its visual
-    tokens, where velocity is learned; rewrite: of what the task of that name learns, likewise.
+    tokens, where velocity or rewriting is learned; rewrite: of the words of rewriting, where velocity is.
     iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
     whether samples without source picture have an edit loss, against the estimate of the first iteration.
     """

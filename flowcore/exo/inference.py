@@ -53,6 +53,7 @@ class ExoT2IInference:
         strength: float = 1.0,
         preserve: float = 0.0,
         eta: float = 0.0,
+        rewrite: bool = True,
         seed: int | None = None,
     ) -> tuple[Image.Image, ExoInfo]:
         """Return a picture, and its masks, timings and seed.
@@ -69,6 +70,7 @@ class ExoT2IInference:
             strength: below 1 the run starts from the initial image, taken back to noise by this much.
             preserve: share in [0, 1] by which cells that no mask marks stay as they were.
             eta: share in [0, 1] of new noise in each step.
+            rewrite: whether a model that can do so rewrites what is asked of the initial image.
             seed: start of the noise, drawn on the CPU; None = another one each time.
 
         Raises: ConfigError, on one line, naming the argument.
@@ -83,6 +85,7 @@ class ExoT2IInference:
             strength=strength,
             preserve=preserve,
             eta=eta,
+            rewrite=rewrite,
         )
         number = torch.Generator().seed() if seed is None else seed
         images = None if init_image is None else [init_image]

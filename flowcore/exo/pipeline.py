@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..ops import Runtime
 from ..parts import Source, load_model_vae
 from ..pipeline import Pipeline
 from ..settings import Settings, check_request, whole_size
-from ..text.qwen3_vl import PromptReader
+from ..text.qwen3_vl import END, PromptReader
 from ..vae.tiling import tiling_of
 from ..weights.checkpoint import LoadedModel
 from .facts import trained_iterations
@@ -41,6 +41,8 @@ from .trace import ExoInfo, Trace
 
 _TOKEN = 16
 """Pixels on a side of an image token, by whose number the schedule of FLUX.2 goes."""
+MOST_SAID = 96
+"""Tokens of a rewritten prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,8 @@ class ExoPipeline(Pipeline):
     """An Exo with its autoencoder. Its text encoder is its own trunk, which looks at pictures, too.
 
     offload: which parts of the trunk lie on the CPU until they are needed. prefixes: what the trunk made of
-    the latest prompts. encoded: what the autoencoder made of the latest initial images.
+    the latest prompts. rewritten: what it said of the latest instructions. encoded: what the autoencoder made
+    of the latest initial images.
     """
 
     settings_type: ClassVar[type[Settings]] = ExoSettings
@@ -65,6 +68,7 @@ class ExoPipeline(Pipeline):
     text_encoder: PromptReader
     offload: str = "none"
     prefixes: Recent[PrefixState] = field(default_factory=Recent)
+    rewritten: Recent[str] = field(default_factory=Recent)
     encoded: Recent[Tensor] = field(default_factory=Recent)
 
     @classmethod
@@ -127,6 +131,18 @@ class ExoPipeline(Pipeline):
         keys = [(place, key) for key in prompt_keys(told)]
         parts = self.prefixes.get(keys, partial(self._read, told, latents))
         return join_prefixes(parts, room=MAX_ITERATIONS * self.exo.config.suffix_length)
+
+    def rewrite(self, prompts: Sequence[str], images: Tensor) -> list[str]:
+        """Return what pictures `b 3 y x` in [-1, 1] show after what each prompt asks, in the trunk's own words.
+
+        An empty prompt asks for nothing and stays. Raises: ConfigError for a model that does not rewrite.
+        """
+        if not self.exo.config.rewrites:
+            raise ConfigError(f"{self.sources['model']} must be a model that rewrites prompts, got one that does not")
+        told = self.text_encoder.read(prompts, images).to(self.device)
+        keys = [(weights_key(self.exo), key) for key in prompt_keys(told)]
+        said = self.rewritten.get(keys, partial(self._answers, told))
+        return [text if prompt else prompt for prompt, text in zip(prompts, said, strict=True)]
 
     def step(self, z: Tensor, t: Tensor, prefix: PrefixState, *, iters: int = 4) -> StepResult:
         """Return velocity, estimates and edits of noised latents `b c h w` at times `b`, 1 = noise.
@@ -197,19 +213,25 @@ class ExoPipeline(Pipeline):
             )
         self._warn_of_iterations(sized.iterations)
         trace = Trace(self.device)
-        pictures = None
+        pictures, drawn = None, list(prompts)
         if init_images is not None:
             pictures = torch.cat([image_to_tensor(image, *whole_size(sized)) for image in init_images])
+            if sized.rewrite and self.exo.config.rewrites:
+                with trace.timed("rewrite prompt"):
+                    drawn = self.rewrite(prompts, pictures)
         keep = None if mask is None else self.encode_mask(mask, sized)
         latents = self.sample_refined(
-            prompts, seeds, sized, trace=trace, pictures=pictures, mask=keep, callback=callback
+            drawn, seeds, sized, trace=trace, pictures=pictures, mask=keep, callback=callback
         )
         with trace.timed("decode"):
             images = self.decode(latents)
         rows, columns = latents.shape[-2:]
-        infos = trace.infos((rows, columns), self.vae.spec.downscale, seeds)
-        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
-            add_settings(image, {"prompt": prompt, "seed": seed, **self.describe(sized)})
+        infos = trace.infos((rows, columns), self.vae.spec.downscale, seeds, drawn)
+        for image, prompt, seed, info in zip(images, prompts, seeds, infos, strict=True):
+            said = None if info.prompt == prompt else info.prompt
+            add_settings(
+                image, {"prompt": prompt, "rewritten": said, "seed": seed, **self.describe(sized)}
+            )
         return [Refined(image=image, info=info) for image, info in zip(images, infos, strict=True)]
 
     def _warn_of_iterations(self, iterations: int) -> None:
@@ -307,21 +329,39 @@ class ExoPipeline(Pipeline):
     @torch.inference_mode()
     def _read(self, told: Conditioning, size: tuple[int, int], rows: list[int]) -> list[PrefixState]:
         """Return the states of some of the prompts, one sample each."""
-        assert told.context is not None
-        index = torch.tensor(rows, device=told.context.device)
-        extras = {name: part[index] for name, part in told.extras.items()}
-        mask = None if told.context_mask is None else told.context_mask[index]
-        away = self.offload != "none" and bool(extras)
-        with brought(self._trunk.get_submodule("visual"), self.device) if away else nullcontext():
-            state = self.exo.encode(
-                told.context[index, :, 0], mask, size=size, dtype=self.dtype, runtime=self.runtime, **extras
-            )
+        ids, mask, extras = _rows(told, rows)
+        with self._seeing(extras):
+            state = self.exo.encode(ids, mask, size=size, dtype=self.dtype, runtime=self.runtime, **extras)
             return state.split()
+
+    @torch.inference_mode()
+    def _answers(self, told: Conditioning, rows: list[int]) -> list[str]:
+        """Return what the trunk says to some of the prompts."""
+        (ids, mask, extras), reader = _rows(told, rows), self.text_encoder.tokenizer
+        with self._seeing(extras):
+            said = self.exo.answer(
+                ids, mask, end=reader.ids(END)[0], most=MOST_SAID, runtime=self.runtime, **extras
+            )
+        return [reader.text(row) for row in said]
+
+    def _seeing(self, extras: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Have the vision tower on the device if there are pictures to look at."""
+        away = self.offload != "none" and bool(extras)
+        return brought(self._trunk.get_submodule("visual"), self.device) if away else nullcontext()
 
     @property
     def _trunk(self) -> nn.Module:
         assert self.exo.trunk is not None  # `from_loaded` gives one
         return self.exo.trunk
+
+
+def _rows(told: Conditioning, rows: list[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return token ids, mask and pictures of some of the prompts."""
+    assert told.context is not None
+    assert told.context_mask is not None
+    index = torch.tensor(rows, device=told.context.device)
+    extras = {name: part[index] for name, part in told.extras.items()}
+    return told.context[index, :, 0], told.context_mask[index], extras
 
 
 def from_loaded(

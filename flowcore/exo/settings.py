@@ -25,6 +25,8 @@ class ExoSettings(Settings):
     in the initial image. eta: share in [0, 1] of new noise in each step, of the solvers euler and ddim, which
     are one at 0. schedule: "shift", or "flux2", whose shift follows from size and steps. strength: the run
     starts at the first level of the grid that is not above it; below 1 it has fewer steps than num_steps.
+    rewrite: whether a model that can do so first says in words what the initial image shows after what is asked
+    of it, and draws that, instead of the prompt as it is.
     """
 
     init_strength: ClassVar[float] = 1.0
@@ -34,6 +36,7 @@ class ExoSettings(Settings):
     preserve: float = 0.0
     eta: float = 0.0
     schedule: str = "shift"
+    rewrite: bool = True
 
     def __post_init__(self) -> None:
         """Check what does not depend on the model. Raises: ConfigError."""

@@ -21,7 +21,8 @@ class ExoInfo:
     mask: where it edits, `1 hm wm` in 0..1, a value for each memory cell: the mean over the steps below level
     0.5, or that of the last step. sparse_mask: the same with what was not selected as 0. iteration_masks: for
     each iteration, `t hm wm`. size: rows and columns of the latents; downscale: pixels on a side of a latent.
-    timings: seconds of each stage, for the whole batch. seed: of the noise.
+    timings: seconds of each stage, for the whole batch. seed: of the noise. prompt: what was drawn, as the
+    model has rewritten it if it did.
     """
 
     mask: Tensor
@@ -31,6 +32,7 @@ class ExoInfo:
     downscale: int
     timings: dict[str, float]
     seed: int
+    prompt: str
 
     def on_pixels(self, mask: Tensor | None = None, mode: str = "bilinear") -> Tensor:
         """Return one of the masks, by default `mask`, on the pixels of the picture, `n y x` in 0..1."""
@@ -73,7 +75,9 @@ class Trace:
         mask = self.calls[-1][1][:, -1].unflatten(1, memory_grid(*size))
         return on_latents(stretch(mask), size)
 
-    def infos(self, size: tuple[int, int], downscale: int, seeds: Sequence[int]) -> list[ExoInfo]:
+    def infos(
+        self, size: tuple[int, int], downscale: int, seeds: Sequence[int], prompts: Sequence[str]
+    ) -> list[ExoInfo]:
         """Return what each picture's run left."""
         start = late_level([call[0] for call in self.calls])
         late = [call for call in self.calls if call[0] <= start]
@@ -90,8 +94,9 @@ class Trace:
                 downscale=downscale,
                 timings=self.timings,
                 seed=seed,
+                prompt=prompt,
             )
-            for row, seed in enumerate(seeds)
+            for row, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True))
         ]
 
     def _wait(self) -> None:

@@ -19,7 +19,7 @@ from flowcore.exo.masks import on_latents
 from flowcore.models import Architecture
 from flowcore.models.exo import Exo, PrefixState, StepResult
 from flowcore.models.exo.grids import memory_grid, on_grid
-from flowcore.models.exo.trunk import look
+from flowcore.models.exo.trunk import Picture, look
 from flowcore.text.qwen3_vl import PromptReader, answer_ids
 from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
@@ -162,7 +162,7 @@ class ExoObjective(FlowMatchingObjective):
         if weights.edit:
             loss = loss + weights.edit * self._edit_loss(draw, prefix, result)
         if weights.rewrite and self._is_edit(draw):
-            loss = loss + weights.rewrite * self._rewrite_loss(draw)
+            loss = loss + weights.rewrite * self._words_loss(draw)[0]
         if weights.perceptual:
             loss = loss + weights.perceptual * self._perceptual_loss(draw, result)
         if weights.source and prefix.features is not None:
@@ -234,11 +234,13 @@ class ExoObjective(FlowMatchingObjective):
         trunk = self.exo.trunk
         assert trunk is not None
         picture = look(trunk, told.extras["pixels"], told.extras["grids"])
-        size = (draw.clean.shape[-2], draw.clean.shape[-1])
-        tokens = picture.tokens.to(draw.clean.dtype)
-        features = self.exo.projector(tokens, (picture.rows, picture.columns), size)
-        estimate = self.exo.projector.latents(features)
-        return self.recipe_at(draw.step).exo.diffusion * functional.mse_loss(estimate.float(), draw.clean)
+        return self.recipe_at(draw.step).exo.diffusion * self._seen_loss(picture, draw.clean)
+
+    def _seen_loss(self, picture: Picture, latents: Tensor) -> Tensor:
+        """Squared error of the latents that the projector makes of what is seen."""
+        grid, size = (picture.rows, picture.columns), (latents.shape[-2], latents.shape[-1])
+        features = self.exo.projector(picture.tokens.to(latents.dtype), grid, size)
+        return functional.mse_loss(self.exo.projector.latents(features).float(), latents)
 
     def _language_loss(self, draw: Draw) -> Tensor:
         """Words of the captions from the states that the diffusion head reads."""
@@ -247,25 +249,34 @@ class ExoObjective(FlowMatchingObjective):
         assert told.context_mask is not None
         assert self.heads is not None
         ids, mask = told.context[..., 0], told.context_mask
-        passed = self.exo.read(ids, mask, runtime=self.recipe_at(draw.step).runtime())
+        passed = self.exo.read(ids, mask, runtime=self.recipe_at(draw.step).runtime()).passed
         table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
         spoken = torch.stack([self.heads.spoken_loss(state, ids, mask) for state in passed.taps])
         return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
 
     def _rewrite_loss(self, draw: Draw) -> Tensor:
-        """Cross-entropy of the words for what edits show, after their source pictures and instructions."""
+        """Cross-entropy of the words for what edits show, and the error of their sources' latents."""
+        loss, picture = self._words_loss(draw)
+        weight = self.recipe_at(draw.step).exo.source
+        if weight and picture is not None:
+            source = self._source_latents(draw)
+            loss = loss + weight * self._seen_loss(picture, source)
+        return loss
+
+    def _words_loss(self, draw: Draw) -> tuple[Tensor, Picture | None]:
+        """Cross-entropy of the words for what edits show, after their sources and instructions; what is seen."""
         captions = [self.data.samples[number].caption for number in draw.numbers]
         answers = [self._shown(number) for number in draw.numbers]
         told = self.chat.read(captions, self._sources(draw.numbers), answers=answers).to(self.device)
         assert told.context is not None
         assert told.context_mask is not None
         ids, mask = told.context[..., 0], told.context_mask
-        passed = self.exo.read(ids, mask, **told.extras, runtime=self.recipe_at(draw.step).runtime())
+        reading = self.exo.read(ids, mask, **told.extras, runtime=self.recipe_at(draw.step).runtime())
         lengths = [len(answer_ids(self.chat.tokenizer, answer)) for answer in answers]
         first = mask.sum(dim=1) - torch.tensor(lengths, device=self.device)
         is_said = mask & (torch.arange(ids.shape[1], device=self.device) >= first[:, None])
         table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
-        return next_loss(passed.hidden, table, ids, is_said)
+        return next_loss(reading.passed.hidden, table, ids, is_said), reading.picture
 
     def _shown(self, number: int) -> str:
         """What a sample's image shows: its caption, of edits that the model rewrites what it would say."""

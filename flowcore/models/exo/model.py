@@ -48,6 +48,14 @@ class Refinement(NamedTuple):
     edits: Tensor
 
 
+class Reading(NamedTuple):
+    """What the trunk makes of prompts: its pass, their positions `3 b m`, and what it sees of their pictures."""
+
+    passed: Pass
+    positions: Tensor
+    picture: Picture | None
+
+
 class Exo(nn.Module):
     """A Qwen3-VL trunk with adapters, a projector, a diffusion head and an edit head.
 
@@ -132,7 +140,9 @@ class Exo(nn.Module):
         Raises: ShapeError if shapes do not fit each other; ConfigError without a trunk.
         """
         mask = (torch.ones_like(token_ids) if token_mask is None else token_mask).bool()
-        passed, positions, picture = self._read(token_ids, mask, pixels, grids, runtime)
+        passed, positions, picture = self.read(
+            token_ids, mask, pixels=pixels, grids=grids, runtime=runtime
+        )
         dtype = dtype or passed.hidden.dtype
         features = None
         if picture is not None:
@@ -155,12 +165,34 @@ class Exo(nn.Module):
         pixels: Tensor | None = None,
         grids: Tensor | None = None,
         runtime: Runtime = DEFAULT_RUNTIME,
-    ) -> Pass:
+    ) -> Reading:
         """Return what the trunk makes of texts and pictures; arguments are those of `encode`, the mask boolean.
 
         Raises: as `encode`.
         """
-        return self._read(token_ids, mask, pixels, grids, runtime)[0]
+        trunk, is_image = self._trunk(), self._is_image(token_ids, mask)
+        check_prompt(token_ids, mask, is_image, pixels, grids)
+        picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
+        positions = prefix_positions(
+            is_image, mask, None if picture is None else (picture.rows, picture.columns)
+        )
+        x: Tensor = trunk.get_submodule("language_model.embed_tokens")(token_ids)
+        deep: tuple[Tensor, ...] = ()
+        if picture is not None:
+            x = at_image(x, is_image, picture.tokens)
+            deep = tuple(at_image(torch.zeros_like(x), is_image, part) for part in picture.deep)
+        passed = run_decoder(
+            trunk,
+            x,
+            positions,
+            keep=None if not mask.is_meta and bool(mask.all()) else causal_mask(mask),
+            past=None,
+            taps=self.config.context_layers,
+            after=lambda layer, h: h + deep[layer] if layer < len(deep) else h,
+            lora=self.lora,
+            runtime=runtime,
+        )
+        return Reading(passed, positions, picture)
 
     @torch.no_grad()
     def answer(
@@ -178,7 +210,7 @@ class Exo(nn.Module):
 
         most: tokens of an answer that does not end. The rest is as in `read`, also what it raises.
         """
-        passed, positions, _ = self._read(token_ids, mask, pixels, grids, runtime)
+        passed, positions, _ = self.read(token_ids, mask, pixels=pixels, grids=grids, runtime=runtime)
         first = positions.amax(dim=(0, 2)) + 1
         return speak(self._trunk(), passed, mask, first, end=end, most=most, lora=self.lora, runtime=runtime)
 
@@ -286,39 +318,6 @@ class Exo(nn.Module):
         if record is not None:
             record(result)
         return result.velocity
-
-    def _read(
-        self,
-        token_ids: Tensor,
-        mask: Tensor,
-        pixels: Tensor | None,
-        grids: Tensor | None,
-        runtime: Runtime,
-    ) -> tuple[Pass, Tensor, Picture | None]:
-        """Return the pass of prompts, their positions `3 b m`, and what is seen of their pictures."""
-        trunk, is_image = self._trunk(), self._is_image(token_ids, mask)
-        check_prompt(token_ids, mask, is_image, pixels, grids)
-        picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
-        positions = prefix_positions(
-            is_image, mask, None if picture is None else (picture.rows, picture.columns)
-        )
-        x: Tensor = trunk.get_submodule("language_model.embed_tokens")(token_ids)
-        deep: tuple[Tensor, ...] = ()
-        if picture is not None:
-            x = at_image(x, is_image, picture.tokens)
-            deep = tuple(at_image(torch.zeros_like(x), is_image, part) for part in picture.deep)
-        passed = run_decoder(
-            trunk,
-            x,
-            positions,
-            keep=None if not mask.is_meta and bool(mask.all()) else causal_mask(mask),
-            past=None,
-            taps=self.config.context_layers,
-            after=lambda layer, h: h + deep[layer] if layer < len(deep) else h,
-            lora=self.lora,
-            runtime=runtime,
-        )
-        return passed, positions, picture
 
     def _is_image(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Return which tokens `b m` are visual ones."""
