@@ -17,10 +17,10 @@ def write_vae(folder: Path) -> Path:
     return folder / VAE
 
 
-def write_parts(folder: Path, *, names_vae: bool = True, **metadata: str) -> Path:
+def write_parts(folder: Path, *, names_vae: bool = True, rewrites: bool = False, **metadata: str) -> Path:
     """Write model and autoencoder; return the model's file, which names the other and holds its trunk."""
     write_vae(folder)
     named = {"flowcore.vae": VAE} if names_vae else {}
     stated = {**named, "modelspec.resolution": "64x48", **metadata}
-    save_exo(folder / MODEL, random_exo(), metadata=stated)
+    save_exo(folder / MODEL, random_exo(rewrites=rewrites), metadata=stated)
     return folder / MODEL

@@ -133,12 +133,15 @@ class ExoPipeline(Pipeline):
         return join_prefixes(parts, room=MAX_ITERATIONS * self.exo.config.suffix_length)
 
     def rewrite(self, prompts: Sequence[str], images: Tensor) -> list[str]:
-        """Return what pictures `b 3 y x` in [-1, 1] show after what each prompt asks, in the trunk's own words.
+        """Return what pictures show after what each prompt asks of them, in the trunk's own words.
 
-        An empty prompt asks for nothing and stays. Raises: ConfigError for a model that does not rewrite.
+        Shapes: images `b 3 y x` in [-1, 1]. An empty prompt asks for nothing and stays.
+        Raises: ConfigError for a model that does not rewrite.
         """
         if not self.exo.config.rewrites:
-            raise ConfigError(f"{self.sources['model']} must be a model that rewrites prompts, got one that does not")
+            raise ConfigError(
+                f"{self.sources['model']} must be a model that rewrites prompts, got one that does not"
+            )
         told = self.text_encoder.read(prompts, images).to(self.device)
         keys = [(weights_key(self.exo), key) for key in prompt_keys(told)]
         said = self.rewritten.get(keys, partial(self._answers, told))
@@ -229,9 +232,7 @@ class ExoPipeline(Pipeline):
         infos = trace.infos((rows, columns), self.vae.spec.downscale, seeds, drawn)
         for image, prompt, seed, info in zip(images, prompts, seeds, infos, strict=True):
             said = None if info.prompt == prompt else info.prompt
-            add_settings(
-                image, {"prompt": prompt, "rewritten": said, "seed": seed, **self.describe(sized)}
-            )
+            add_settings(image, {"prompt": prompt, "rewritten": said, "seed": seed, **self.describe(sized)})
         return [Refined(image=image, info=info) for image, info in zip(images, infos, strict=True)]
 
     def _warn_of_iterations(self, iterations: int) -> None:

@@ -25,8 +25,8 @@ class ExoSettings(Settings):
     in the initial image. eta: share in [0, 1] of new noise in each step, of the solvers euler and ddim, which
     are one at 0. schedule: "shift", or "flux2", whose shift follows from size and steps. strength: the run
     starts at the first level of the grid that is not above it; below 1 it has fewer steps than num_steps.
-    rewrite: whether a model that can do so first says in words what the initial image shows after what is asked
-    of it, and draws that, instead of the prompt as it is.
+    rewrite: whether a model that can do so first says in words what the initial image shows after what is
+    asked of it, and draws that, instead of the prompt as it is.
     """
 
     init_strength: ClassVar[float] = 1.0

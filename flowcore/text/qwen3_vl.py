@@ -170,8 +170,8 @@ class PromptReader:
     ) -> Conditioning:
         """Return the token ids of prompts, with a picture `b 3 h w` in [-1, 1] of any size for each.
 
-        answers: what is said to each prompt, behind it. Pictures are resized to as many visual tokens as the trunk knows: a published one to 256 to 1280, a
-        small one, which reads bytes, to no fewer than they have.
+        Pictures are resized to as many visual tokens as the trunk knows: a published one to 256 to 1280, a
+        small one, which reads bytes, to no fewer than they have. answers: what follows each prompt.
         """
         if pictures is not None:
             least = 1 if isinstance(self.tokenizer, ByteTokenizer) else LEAST
@@ -214,7 +214,9 @@ def encode_prompts(
     rows = []
     for number, prompt in enumerate(prompts):
         text = tokenizer.chat(prompt, has_image=images is not None).replace(IMAGE, IMAGE * count)
-        rows.append(torch.tensor(tokenizer.ids(text) + (answer_ids(tokenizer, answers[number]) if answers else [])))
+        rows.append(
+            torch.tensor(tokenizer.ids(text) + (answer_ids(tokenizer, answers[number]) if answers else []))
+        )
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
     ids = pad_sequence(rows, batch_first=True)
     return Conditioning(context=ids[..., None], context_mask=mask, extras=extras)

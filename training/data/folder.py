@@ -87,9 +87,7 @@ def _read_sample(path: Path, root: Path, extension: str, data: Data) -> Sample:
     if not source.is_file():
         return Sample(path.relative_to(root).as_posix(), path, caption, width, height)
     image_size(source)
-    return Sample(
-        path.relative_to(root).as_posix(), path, caption, width, height, source, _read_target(path)
-    )
+    return Sample(path.relative_to(root).as_posix(), path, caption, width, height, source, _read_target(path))
 
 
 def _read_target(path: Path) -> str | None:

@@ -264,7 +264,7 @@ class ExoObjective(FlowMatchingObjective):
         return loss
 
     def _words_loss(self, draw: Draw) -> tuple[Tensor, Picture | None]:
-        """Cross-entropy of the words for what edits show, after their sources and instructions; what is seen."""
+        """Cross-entropy of the words for what edits show, after source and instruction; what is seen."""
         captions = [self.data.samples[number].caption for number in draw.numbers]
         answers = [self._shown(number) for number in draw.numbers]
         told = self.chat.read(captions, self._sources(draw.numbers), answers=answers).to(self.device)
@@ -300,8 +300,8 @@ class ExoObjective(FlowMatchingObjective):
             untold = next((sample.path for sample in edits if sample.target is None), None)
             if untold is not None:
                 raise ConfigError(
-                    f"train.exo must not learn to rewrite from {untold}, whose target is not described; add it "
-                    f'as "target" in {untold.with_suffix(".json").name}'
+                    f"train.exo must not learn to rewrite from {untold}, which is not described; add its "
+                    f'description as "target" to {untold.with_suffix(".json").name}'
                 )
 
     def _source_latents(self, draw: Draw) -> Tensor:

@@ -37,8 +37,8 @@ class ExoConfig:
     a visual token becomes there. diffusion_*: the head that gives the velocity. edit_*: the head that marks
     and writes; this fraction of the cells may be written in one iteration. lora_rank: of the low-rank changes
     of the trunk, 0 = none. words: what the byte tokenizer of an own trunk reads as one token each, in lower
-    case. rewrites: whether an own trunk first says in words what a picture shows after what is asked of it, and
-    all else goes by that instead of the instruction.
+    case. rewrites: whether an own trunk first says in words what a picture shows after what is asked of it,
+    and all else goes by that instead of the instruction.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TRUNKS["qwen3-vl-8b"])
@@ -87,7 +87,9 @@ class ExoConfig:
         if not 0 < self.edit_fraction <= 1:
             raise ConfigError(f"edit_fraction must lie above 0 and at most at 1, got {self.edit_fraction}")
         if self.rewrites and not self.embeds_trunk:
-            raise ConfigError("rewrites must be false for a trunk by reference, whose output layer is not loaded")
+            raise ConfigError(
+                "rewrites must be false for a trunk by reference, whose output layer is not loaded"
+            )
         self._check_words()
 
     def _check_words(self) -> None:

@@ -49,7 +49,7 @@ class Refinement(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the trunk makes of prompts: its pass, their positions `3 b m`, and what it sees of their pictures."""
+    """What the trunk makes of prompts: its pass, their positions `3 b m`, and what it sees of pictures."""
 
     passed: Pass
     positions: Tensor
@@ -140,9 +140,7 @@ class Exo(nn.Module):
         Raises: ShapeError if shapes do not fit each other; ConfigError without a trunk.
         """
         mask = (torch.ones_like(token_ids) if token_mask is None else token_mask).bool()
-        passed, positions, picture = self.read(
-            token_ids, mask, pixels=pixels, grids=grids, runtime=runtime
-        )
+        passed, positions, picture = self.read(token_ids, mask, pixels=pixels, grids=grids, runtime=runtime)
         dtype = dtype or passed.hidden.dtype
         features = None
         if picture is not None:
@@ -166,9 +164,9 @@ class Exo(nn.Module):
         grids: Tensor | None = None,
         runtime: Runtime = DEFAULT_RUNTIME,
     ) -> Reading:
-        """Return what the trunk makes of texts and pictures; arguments are those of `encode`, the mask boolean.
+        """Return what the trunk makes of texts and pictures.
 
-        Raises: as `encode`.
+        Arguments are those of `encode`; the mask is boolean. Raises: as `encode`.
         """
         trunk, is_image = self._trunk(), self._is_image(token_ids, mask)
         check_prompt(token_ids, mask, is_image, pixels, grids)

@@ -256,8 +256,8 @@ def speak(
 ) -> list[list[int]]:
     """Return the tokens that follow prompts, the likeliest one after another, by the trunk's own embeddings.
 
-    Shapes: passed and mask `b m` of the prompts; position `b`, of the first new token. end: the token that ends
-    an answer, which has at most so many.
+    Shapes: passed and mask `b m` of the prompts; position `b`, of the first new token. end: the token that
+    ends an answer, which has at most so many.
     """
     embed: Any = trunk.get_submodule("language_model.embed_tokens")
     rows = torch.arange(len(mask), device=mask.device)

@@ -1,5 +1,6 @@
 """Sampling with Exo: equal to steps written out and to full recomputation, in batches, sizes, iterations."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.exo import ExoPipeline, ExoSettings, ExoT2IInference
 from flowcore.flow.schedule import sigma_grid
-from flowcore.images import image_to_tensor
+from flowcore.images import SETTINGS_KEY, image_to_tensor
 from flowcore.models.exo import Exo
 from flowcore.pipeline import Pipeline, draw_noise
 from flowcore.settings import Settings
@@ -184,7 +185,7 @@ def test_masks_are_of_the_prompt_and_of_late_steps(pipeline: ExoPipeline) -> Non
     assert [round(level, 3) for level, *_ in trace.calls] == [
         round(level, 3) for level in sigma_grid(12, 3.0).tolist()[:-1]
     ]
-    info = trace.infos((4, 8), 8, [1])[0]
+    info = trace.infos((4, 8), 8, [1], PROMPTS[:1])[0]
     late = [masks[0, -1] for level, masks, _ in trace.calls if level < 0.5]
     assert len(late) == 2
     assert_close(info.mask[0].flatten(), torch.stack(late).mean(dim=0), limit=1e-6)
@@ -196,7 +197,11 @@ def test_masks_are_of_the_prompt_and_of_late_steps(pipeline: ExoPipeline) -> Non
     assert info.timings.keys() == {"read prompt", "steps"}
     early = Trace(pipeline.device)
     pipeline.sample_refined(PROMPTS[:1], [1], pipeline.sized(replace(SETTINGS, num_steps=1)), trace=early)
-    assert early.infos((4, 8), 8, [1])[0].mask.shape == (1, 2, 4)  # the last step, though it is early
+    assert early.infos((4, 8), 8, [1], PROMPTS[:1])[0].mask.shape == (
+        1,
+        2,
+        4,
+    )  # the last step, though it is early
 
 
 def test_preserve_keeps_what_no_mask_marks(pipeline: ExoPipeline, file: Path) -> None:
@@ -302,3 +307,40 @@ def test_names_of_the_description(file: Path, pipeline: ExoPipeline) -> None:
     assert out.velocity.shape == z.shape
     assert out.mask.shape == out.sparse_mask.shape == (2, 2, 4)
     assert len(out.iterations) == 3
+
+
+@pytest.fixture(scope="module")
+def rewriter(tmp_path_factory: pytest.TempPathFactory) -> ExoPipeline:
+    file = tiny_exo.write_parts(tmp_path_factory.mktemp("rewriter"), rewrites=True)
+    return ExoPipeline.from_pretrained(file, device="cpu")
+
+
+def test_what_is_asked_of_a_picture_is_rewritten_before_it_is_drawn(rewriter: ExoPipeline) -> None:
+    settings = replace(SETTINGS, num_steps=1, cfg_scale=1.0)
+    said = rewriter.rewrite([*PROMPTS, ""], torch.cat([image_to_tensor(picture(), 64, 32)] * 3))
+    assert said[0]
+    assert said[0] not in (PROMPTS[0], said[1])
+    assert said[2] == ""
+    made = rewriter.refine(PROMPTS[:1], [1], settings, init_images=[picture()])[0]
+    kept = rewriter.refine([said[0]], [1], replace(settings, rewrite=False), init_images=[picture()])[0]
+    assert (made.info.prompt, kept.info.prompt) == (said[0], said[0])
+    assert made.image.tobytes() == kept.image.tobytes()
+    stated = json.loads(made.image.info[SETTINGS_KEY])
+    assert (stated["prompt"], stated["rewritten"]) == (PROMPTS[0], said[0])
+    assert "rewritten" not in json.loads(kept.image.info[SETTINGS_KEY])
+    plain = rewriter.refine(PROMPTS[:1], [1], settings)[0]
+    assert plain.info.prompt == PROMPTS[0]
+
+
+def test_what_was_rewritten_is_kept(rewriter: ExoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = image_to_tensor(picture(5), 64, 32)
+    first = rewriter.rewrite(["a star"], images)
+    monkeypatch.setattr(Exo, "answer", None)
+    assert rewriter.rewrite(["a star"], images) == first
+    with pytest.raises(TypeError):
+        rewriter.rewrite(["a cross"], images)
+
+
+def test_a_model_that_does_not_rewrite_says_so(pipeline: ExoPipeline) -> None:
+    with pytest.raises(ConfigError, match="must be a model that rewrites prompts, got one that does not"):
+        pipeline.rewrite(PROMPTS[:1], image_to_tensor(picture(), 64, 32))

@@ -31,6 +31,25 @@ def test_words_are_one_token_each() -> None:
     assert chat == [256, 265, 10, 263, 257, 10, 256, *b"assistant\n"]
 
 
+@pytest.mark.parametrize("words", [(), ("a", "red", "circle")])
+def test_text_of_token_ids(words: tuple[str, ...]) -> None:
+    tokenizer = ByteTokenizer(words)
+    for text in ("a red circle", "a caf\u00e9, red"):
+        assert tokenizer.text([256, *tokenizer.ids(text), 257, 262 + len(words)]) == text
+
+
+def test_an_answer_follows_its_prompt() -> None:
+    tokenizer = ByteTokenizer()
+    images = torch.zeros(2, 3, 64, 64)
+    plain = encode_prompts(tokenizer, ["", "red"], images)
+    found = encode_prompts(tokenizer, ["", "red"], images, answers=["blue", "b"])
+    assert torch.equal(found.extras["pixels"], plain.extras["pixels"])
+    for row, answer in enumerate(("blue", "b")):
+        asked = plain.context[row, plain.context_mask[row], 0].tolist()
+        told = found.context[row, found.context_mask[row], 0].tolist()
+        assert told == [*asked, *answer.encode(), 257]
+
+
 def test_conditions_of_several_prompts() -> None:
     images = torch.zeros(2, 3, 64, 96)
     found = encode_prompts(ByteTokenizer(), ["", "red"], images)

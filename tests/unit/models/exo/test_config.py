@@ -126,6 +126,7 @@ def test_unknown_trunk_needs_metadata() -> None:
         ({"diffusion_patch": 3}, "diffusion_patch must be 1 or 2, got 3"),
         ({"edit_fraction": 0.0}, "edit_fraction must lie above 0"),
         ({"memory_dim": 30}, "memory_dim must be a multiple of 4"),
+        ({"rewrites": True, "embeds_trunk": False}, "rewrites must be false for a trunk by reference"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:

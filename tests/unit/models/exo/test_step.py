@@ -297,3 +297,26 @@ def test_bad_inputs_are_named(model: Exo) -> None:
             model.encode(ids, mask, size=(4, 4), **arguments)
     with pytest.raises(ShapeError, match="pad at the right"):
         model.encode(ids, mask.flip(1), size=(4, 4), pixels=prompt.pixels, grids=prompt.grids)
+
+
+@pytest.mark.parametrize("has_picture", [True, False])
+def test_an_answer_is_what_the_whole_text_goes_on_with(model: Exo, has_picture: bool) -> None:
+    """Token after token with kept keys and values, for prompts of different lengths, against whole passes."""
+    prompt = prompt_of(PROMPTS, has_picture=has_picture)
+    mask = prompt.token_mask
+    assert mask is not None
+    seen = {"pixels": prompt.pixels, "grids": prompt.grids}
+    said = model.answer(prompt.token_ids, mask, end=-1, most=6, **seen)
+    table = model.get_parameter("trunk.language_model.embed_tokens.weight")
+    for row, answer in enumerate(said):
+        ids = prompt.token_ids[row : row + 1, mask[row]]
+        own = {name: None if part is None else part[row : row + 1] for name, part in seen.items()}
+        for token in answer:
+            with torch.no_grad():
+                states = model.read(ids, torch.ones_like(ids, dtype=torch.bool), **own).passed.hidden
+            assert int((states[0, -1] @ table.T).argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    assert [len(answer) for answer in said] == [6, 6]
+    ended = model.answer(prompt.token_ids, mask, end=said[0][2], most=6, **seen)
+    assert ended[0] == said[0][: said[0].index(said[0][2])]
+    assert said[0][2] in said[1] or ended[1] == said[1]

@@ -1,5 +1,6 @@
 """Folders of images and captions: what is found, and what is said of everything that cannot be used."""
 
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -46,10 +47,12 @@ def test_a_source_picture_belongs_to_the_image_of_its_name(tmp_path: Path) -> No
     (tmp_path / "01.png").rename(tmp_path / "01.source.png")
     (tmp_path / "02.png").rename(tmp_path / "01.webp")
     (tmp_path / "02.txt").unlink()
+    for number in (0, 1):
+        (tmp_path / f"0{number}.json").write_text('{"target": "a red circle"}', encoding="utf-8")
     samples, _ = scan_one(tmp_path)
-    assert [(sample.key, sample.caption, sample.source) for sample in samples] == [
-        ("00.png", "picture 0", None),
-        ("01.webp", "picture 1", tmp_path / "01.source.png"),
+    assert [(sample.key, sample.caption, sample.source, sample.target) for sample in samples] == [
+        ("00.png", "picture 0", None, None),
+        ("01.webp", "picture 1", tmp_path / "01.source.png", "a red circle"),
     ]
 
 
@@ -97,6 +100,25 @@ def make_image_missing(folder: Path) -> Path:
     return folder / "00.txt"
 
 
+def make_facts_broken(folder: Path) -> Path:
+    return make_facts(folder, '{"target": "a"')
+
+
+def make_facts_a_list(folder: Path) -> Path:
+    return make_facts(folder, "[]")
+
+
+def make_target_a_number(folder: Path) -> Path:
+    return make_facts(folder, '{"target": 1}')
+
+
+def make_facts(folder: Path, text: str) -> Path:
+    """Beside an edit."""
+    shutil.copy(folder / "01.png", folder / "00.source.png")
+    (folder / "00.json").write_text(text, encoding="utf-8")
+    return folder / "00.json"
+
+
 def make_source_alone(folder: Path) -> Path:
     (folder / "00.txt").unlink()
     return (folder / "00.png").rename(folder / "00.source.png")
@@ -138,6 +160,9 @@ FAULTS = [
     (make_image_missing, "caption must have an image of the same name beside it"),
     (make_source_alone, "source picture must have an image of the same name beside it"),
     (make_source_empty, "image must decode, got cannot identify image file"),
+    (make_facts_broken, "must be readable JSON, an object, got "),
+    (make_facts_a_list, "must be readable JSON, an object, got "),
+    (make_target_a_number, "target must be a text, got 1"),
     (make_empty, "image must decode, got cannot identify image file"),
     (make_text, "image must decode"),
     (make_cut_header, "image must decode"),

@@ -39,6 +39,15 @@ def objective(folder: Path, train: dict[str, Any] | None = None, **sections: Any
     return made
 
 
+def rewriter(folder: Path, train: dict[str, Any] | None = None) -> ExoObjective:
+    """Of a model that rewrites, on edits that say what they show."""
+    write_edits(folder / "images")
+    for source in (folder / "images").glob("*.source.png"):
+        name = source.name.split(".")[0]
+        (folder / "images" / f"{name}.json").write_text(f'{{"target": "shows {name}"}}', encoding="utf-8")
+    return objective(folder, train, model={"overrides": {"rewrites": True}})
+
+
 def weights(
     diffusion: float = 0.0, edit: float = 0.0, perceptual: float = 0.0, **more: Any
 ) -> dict[str, Any]:
@@ -213,18 +222,67 @@ def test_captions_are_dropped_but_not_pictures(tmp_path: Path) -> None:
     [
         ("projector", ("projector.", "trunk.visual.")),
         ("language", ("trunk.language_model.",)),
+        ("rewrite", ("projector.", "trunk.")),
         ("masks", MASKED),
     ],
 )
 def test_a_task_has_gradients_for_its_part_and_can_be_learned(
     tmp_path: Path, task: str, trained: tuple[str, ...]
 ) -> None:
-    made = objective(tmp_path, {"exo": {"task": task}, "cond_dropout": 0.0})
+    made = rewriter(tmp_path, {"exo": {"task": task, "source": 1.0}, "cond_dropout": 0.0})
     found = gradients(made, made.loss(0, BATCH))
     assert all(name.startswith(trained) for name in found)
     assert any(name.startswith(trained[-1]) for name in found)
     losses = fitted(made, 25, 5)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_rewriting_is_learned_from_the_words_of_the_target_alone(tmp_path: Path) -> None:
+    """The cross-entropy of each word after source, instruction and the words before it, written out."""
+    made = rewriter(tmp_path, {"exo": {"task": "rewrite"}})
+    draw = made.draw(0, BATCH)
+    assert all(made.data.samples[number].is_edit for number in draw.numbers)
+    table = made.exo.get_parameter("trunk.language_model.embed_tokens.weight")
+    losses = []
+    with torch.no_grad():
+        for number in draw.numbers:
+            sample = made.data.samples[number]
+            asked = made.chat.read([sample.caption], made._sources([number]))
+            said = torch.tensor([made.chat.tokenizer.ids(f"shows {sample.path.stem}<|im_end|>")])
+            ids = torch.cat([asked.context[..., 0], said], dim=1)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            states = made.exo.read(ids, mask, **asked.extras).passed.hidden[:, -1 - said.shape[1] : -1]
+            losses.append(functional.cross_entropy((states @ table.T)[0], said[0], reduction="none"))
+        assert float(made.loss(0, BATCH)) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_a_model_that_rewrites_draws_what_edits_show(tmp_path: Path) -> None:
+    made = rewriter(tmp_path)
+    draw = made.draw(step_of(made, is_edit=True), BATCH)
+    told = made.conditioning(draw)
+    shown = [f"shows {made.data.samples[n].path.stem}" for n in draw.numbers]
+    expected = made.chat.read(
+        ["" if d else text for d, text in zip(draw.dropped, shown, strict=True)], made._sources(draw.numbers)
+    )
+    assert torch.equal(told.context, expected.context)
+    words = float(made._words_loss(draw)[0].detach())
+    with torch.no_grad():
+        plain, whole = (
+            float(rewriter(tmp_path, weights(diffusion=1.0, **more)).loss(draw.step, BATCH))
+            for more in ({}, {"rewrite": 0.5})
+        )
+    assert whole == pytest.approx(plain + 0.5 * words, rel=1e-5)
+
+
+def test_rewriting_needs_words_and_a_model_for_them(tmp_path: Path) -> None:
+    for train in ({"exo": {"task": "rewrite"}}, {"exo": {"rewrite": 0.1}}):
+        with pytest.raises(ConfigError, match="must not learn to rewrite, got a model with rewrites: false"):
+            objective(tmp_path, train)
+        with pytest.raises(ConfigError, match=r'which is not described; add its description as "target" to '):
+            objective(tmp_path, train, model={"overrides": {"rewrites": True}})
+    write_images(tmp_path / "plain" / "images", 4, [(64, 64)])
+    with pytest.raises(ConfigError, match="task rewrite must have a dataset with source pictures, got none"):
+        objective(tmp_path / "plain", {"exo": {"task": "rewrite"}}, model={"overrides": {"rewrites": True}})
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
