@@ -170,11 +170,10 @@ def _add_exo(add: Callable[..., argparse.Action]) -> None:
     )
     add("--eta", type=float, metavar="X", help="0 to 1: new noise in each step (0)")
     add(
-        "--no-rewrite",
-        dest="rewrite",
-        action="store_const",
-        const=False,
-        help="draw the prompt as it is, not what the model says that the picture of --init becomes",
+        "--rewrite",
+        action=argparse.BooleanOptionalAction,
+        help="whether a model that can do so says what the picture of --init becomes, and draws that instead "
+        "of the prompt as it is (yes)",
     )
     add("--schedule", metavar="NAME", help="shift, or flux2, whose shift follows from size and steps (shift)")
     add(

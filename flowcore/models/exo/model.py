@@ -319,7 +319,8 @@ class Exo(nn.Module):
 
     def _is_image(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Return which tokens `b m` are visual ones."""
-        return (token_ids == self.config.trunk["image_token_id"]) & mask
+        image: int = self.config.trunk["image_token_id"]
+        return (token_ids == image) & mask
 
     def _suffix(
         self, x: Tensor, memory: Tensor, prefix: PrefixState, past: Past, iteration: int, runtime: Runtime
