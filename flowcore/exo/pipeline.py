@@ -135,7 +135,8 @@ class ExoPipeline(Pipeline):
     def rewrite(self, prompts: Sequence[str], images: Tensor) -> list[str]:
         """Return what pictures show after what each prompt asks of them, in the trunk's own words.
 
-        Shapes: images `b 3 y x` in [-1, 1]. An empty prompt asks for nothing and stays.
+        Shapes: images `b 3 y x` in [-1, 1]. An empty prompt asks for nothing and stays, as does one to which the
+        trunk has nothing to say.
         Raises: ConfigError for a model that does not rewrite.
         """
         if not self.exo.config.rewrites:
@@ -145,7 +146,7 @@ class ExoPipeline(Pipeline):
         told = self.text_encoder.read(prompts, images).to(self.device)
         keys = [(weights_key(self.exo), key) for key in prompt_keys(told)]
         said = self.rewritten.get(keys, partial(self._answers, told))
-        return [text if prompt else prompt for prompt, text in zip(prompts, said, strict=True)]
+        return [text if prompt and text else prompt for prompt, text in zip(prompts, said, strict=True)]
 
     def step(self, z: Tensor, t: Tensor, prefix: PrefixState, *, iters: int = 4) -> StepResult:
         """Return velocity, estimates and edits of noised latents `b c h w` at times `b`, 1 = noise.

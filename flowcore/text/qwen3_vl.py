@@ -201,7 +201,7 @@ def encode_prompts(
         patch: pixels on a side of the trunk's patches.
     Raises: ConfigError for a prompt with an image token in it; ShapeError for pictures that do not fit.
     """
-    for prompt in prompts:
+    for prompt in (*prompts, *(answers or ())):
         if IMAGE in prompt:
             raise ConfigError(f"a prompt must not contain {IMAGE}, got {prompt[:60]!r}; remove it")
     extras: dict[str, Tensor] = {}
@@ -214,9 +214,8 @@ def encode_prompts(
     rows = []
     for number, prompt in enumerate(prompts):
         text = tokenizer.chat(prompt, has_image=images is not None).replace(IMAGE, IMAGE * count)
-        rows.append(
-            torch.tensor(tokenizer.ids(text) + (answer_ids(tokenizer, answers[number]) if answers else []))
-        )
+        answer = answer_ids(tokenizer, answers[number]) if answers else []
+        rows.append(torch.tensor(tokenizer.ids(text) + answer))
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
     ids = pad_sequence(rows, batch_first=True)
     return Conditioning(context=ids[..., None], context_mask=mask, extras=extras)

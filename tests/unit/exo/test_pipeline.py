@@ -335,10 +335,9 @@ def test_what_is_asked_of_a_picture_is_rewritten_before_it_is_drawn(rewriter: Ex
 def test_what_was_rewritten_is_kept(rewriter: ExoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     images = image_to_tensor(picture(5), 64, 32)
     first = rewriter.rewrite(["a star"], images)
-    monkeypatch.setattr(Exo, "answer", None)
+    monkeypatch.setattr(Exo, "answer", lambda *_, **__: [[]])
     assert rewriter.rewrite(["a star"], images) == first
-    with pytest.raises(TypeError):
-        rewriter.rewrite(["a cross"], images)
+    assert rewriter.rewrite(["a cross"], images) == ["a cross"]  # the trunk has nothing to say to it
 
 
 def test_a_model_that_does_not_rewrite_says_so(pipeline: ExoPipeline) -> None:
