@@ -135,8 +135,8 @@ class ExoPipeline(Pipeline):
     def rewrite(self, prompts: Sequence[str], images: Tensor) -> list[str]:
         """Return what pictures show after what each prompt asks of them, in the trunk's own words.
 
-        Shapes: images `b 3 y x` in [-1, 1]. An empty prompt asks for nothing and stays, as does one to which the
-        trunk has nothing to say.
+        Shapes: images `b 3 y x` in [-1, 1]. An empty prompt asks for nothing and stays, as does one to which
+        the trunk has nothing to say.
         Raises: ConfigError for a model that does not rewrite.
         """
         if not self.exo.config.rewrites:

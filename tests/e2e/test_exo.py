@@ -61,6 +61,21 @@ def test_an_edit_its_mask_and_settings_that_reproduce_both(
     assert (pixels(out), pixels(mask)) == first
 
 
+def test_the_words_that_were_drawn_are_stated_and_make_the_same_picture(
+    picture_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_exo.write_parts(tmp_path, rewrites=True)
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    options = ["--model", model, "--init", picture_file, "--steps", 1, "--quiet", "--device", "cpu"]
+    assert cli(PROMPT, *options, "--out", first) == 0
+    stated = flowcore.read_settings(first)
+    assert stated["prompt"] == PROMPT
+    assert stated["rewritten"] not in (PROMPT, "")
+    assert cli(stated["rewritten"], *options, "--no-rewrite", "--out", second) == 0
+    assert pixels(first) == pixels(second)
+    assert "rewritten" not in flowcore.read_settings(second)
+
+
 def test_one_line_warns_of_iterations_beyond_the_training(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +110,7 @@ def test_defaults_are_those_of_exo(model: Path, picture_file: Path, tmp_path: Pa
         (["--schedule", "cos"], "schedule must be one of shift, flux2, got 'cos'"),
         (["--mask-out", "m.jpg"], r"must end in \.png"),
         (["--model", "XUT", "--iterations", 2], "--iterations must go with an exo model, got xut"),
+        (["--model", "XUT", "--no-rewrite"], "--rewrite must go with an exo model, got xut"),
         (["--model", "XUT", "--mask-out", "m.png"], "--mask-out must go with an exo model, got xut"),
         (["--text-encoder", "OTHER"], "must be a dense Qwen3-VL .*, got llama; give the folder"),
         (["--text-encoder", "NO_PROCESSOR"], r"must come with its processor, got no tokenizer\.json"),

@@ -31,9 +31,6 @@ from training.objectives.exo_stored import check_prompt, stored_prompts
 from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
 from training.objectives.language import TokenHeads, next_loss
 
-_OF_EDITS = ("masks", "rewrite")
-"""Tasks that samples without a source picture have nothing for."""
-
 
 class ExoObjective(FlowMatchingObjective):
     """The losses of exo.md 10.2 over encoded samples and their source pictures.
@@ -92,8 +89,8 @@ class ExoObjective(FlowMatchingObjective):
         return losses[task](draw)
 
     def groups_at(self, step: int) -> list[list[int]]:
-        """As for any model; edits alone where only they can be learned from."""
-        if self.recipe_at(step).exo.task not in _OF_EDITS:
+        """As for any model; edits alone where masks are learned."""
+        if self.recipe_at(step).exo.task != "masks":
             return self.groups
         return [group for group in self.groups if self.data.samples[group[0]].is_edit]
 
@@ -255,19 +252,26 @@ class ExoObjective(FlowMatchingObjective):
         return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
 
     def _rewrite_loss(self, draw: Draw) -> Tensor:
-        """Cross-entropy of the words for what edits show, and the error of their sources' latents."""
+        """Cross-entropy of the words for what samples show, and the error of the latents of what is seen."""
         loss, picture = self._words_loss(draw)
         weight = self.recipe_at(draw.step).exo.source
         if weight and picture is not None:
-            source = self._source_latents(draw)
-            loss = loss + weight * self._seen_loss(picture, source)
+            latents = self._source_latents(draw) if self._is_edit(draw) else draw.clean
+            loss = loss + weight * self._seen_loss(picture, latents)
         return loss
 
     def _words_loss(self, draw: Draw) -> tuple[Tensor, Picture | None]:
-        """Cross-entropy of the words for what edits show, after source and instruction; what is seen."""
-        captions = [self.data.samples[number].caption for number in draw.numbers]
+        """Cross-entropy of the words for what samples show, and what is seen.
+
+        They follow the source and what is asked of it; of a plain sample itself nothing is asked.
+        """
         answers = [self._shown(number) for number in draw.numbers]
-        told = self.chat.read(captions, self._sources(draw.numbers), answers=answers).to(self.device)
+        asked, pictures = [""] * len(answers), self._sources(draw.numbers)
+        if pictures is None:
+            pictures = self._pictures(draw.numbers)
+        else:
+            asked = [self.data.samples[number].caption for number in draw.numbers]
+        told = self.chat.read(asked, pictures, answers=answers).to(self.device)
         assert told.context is not None
         assert told.context_mask is not None
         ids, mask = told.context[..., 0], told.context_mask
@@ -286,13 +290,11 @@ class ExoObjective(FlowMatchingObjective):
         return sample.target
 
     def _check_edits(self, recipes: Sequence[Recipe]) -> None:
-        """Raises: ConfigError if a recipe learns from edits, or from words for them, and there are none."""
+        """Raises: ConfigError if masks are learned without edits, or words for edits that have none."""
         edits = [sample for sample in self.data.samples if sample.is_edit]
         for recipe in recipes:
-            if recipe.exo.task in _OF_EDITS and not edits:
-                raise ConfigError(
-                    f"train.exo.task {recipe.exo.task} must have a dataset with source pictures, got none"
-                )
+            if recipe.exo.task == "masks" and not edits:
+                raise ConfigError("train.exo.task masks must have a dataset with source pictures, got none")
             if recipe.exo.task != "rewrite" and not recipe.exo.rewrite:
                 continue
             if not self.exo.config.rewrites:
