@@ -35,7 +35,7 @@ from .facts import trained_iterations
 from .loading import TrunkOptions, give_trunk, vae_source
 from .masks import late_level, preserving
 from .offload import brought, decoder_layers, streamed
-from .prefixes import Recent, digest, prompt_keys, weights_key
+from .prefixes import Recent, digest, prompt_keys, prompt_rows, weights_key
 from .settings import ExoSettings
 from .trace import ExoInfo, Trace
 
@@ -331,7 +331,7 @@ class ExoPipeline(Pipeline):
     @torch.inference_mode()
     def _read(self, told: Conditioning, size: tuple[int, int], rows: list[int]) -> list[PrefixState]:
         """Return the states of some of the prompts, one sample each."""
-        ids, mask, extras = _rows(told, rows)
+        ids, mask, extras = prompt_rows(told, rows)
         with self._seeing(extras):
             state = self.exo.encode(ids, mask, size=size, dtype=self.dtype, runtime=self.runtime, **extras)
             return state.split()
@@ -339,7 +339,7 @@ class ExoPipeline(Pipeline):
     @torch.inference_mode()
     def _answers(self, told: Conditioning, rows: list[int]) -> list[str]:
         """Return what the trunk says to some of the prompts."""
-        (ids, mask, extras), reader = _rows(told, rows), self.text_encoder.tokenizer
+        (ids, mask, extras), reader = prompt_rows(told, rows), self.text_encoder.tokenizer
         with self._seeing(extras):
             said = self.exo.answer(
                 ids, mask, end=reader.ids(END)[0], most=MOST_SAID, runtime=self.runtime, **extras
@@ -355,15 +355,6 @@ class ExoPipeline(Pipeline):
     def _trunk(self) -> nn.Module:
         assert self.exo.trunk is not None  # `from_loaded` gives one
         return self.exo.trunk
-
-
-def _rows(told: Conditioning, rows: list[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return token ids, mask and pictures of some of the prompts."""
-    assert told.context is not None
-    assert told.context_mask is not None
-    index = torch.tensor(rows, device=told.context.device)
-    extras = {name: part[index] for name, part in told.extras.items()}
-    return told.context[index, :, 0], told.context_mask[index], extras
 
 
 def from_loaded(

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
@@ -59,6 +60,15 @@ def prompt_keys(told: Conditioning) -> list[Hashable]:
         )
         for i, row in enumerate(rows)
     ]
+
+
+def prompt_rows(told: Conditioning, rows: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return token ids `b m`, mask, and the patches of the pictures, of some of the prompts."""
+    assert told.context is not None
+    assert told.context_mask is not None
+    index = torch.tensor(rows, device=told.context.device)
+    extras = {name: part[index] for name, part in told.extras.items()}
+    return told.context[index, :, 0], told.context_mask[index], extras
 
 
 def weights_key(model: nn.Module) -> Hashable:

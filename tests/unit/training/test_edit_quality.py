@@ -40,7 +40,14 @@ def info_of(mask: Tensor) -> ExoInfo:
     size = (2 * mask.shape[0], 2 * mask.shape[1])
     three = mask[None].float()
     return ExoInfo(
-        mask=three, sparse_mask=three, iteration_masks=three, size=size, downscale=8, timings={}, seed=0
+        mask=three,
+        sparse_mask=three,
+        iteration_masks=three,
+        size=size,
+        downscale=8,
+        timings={},
+        seed=0,
+        prompt="make the circle green",
     )
 
 
