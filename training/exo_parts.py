@@ -26,15 +26,16 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
             "train.compile must be false for exo, whose prompts and steps are calls of their own, got true"
         )
     trunk_folder(config, model_config)
-    is_language = any(table.train.exo.task == "language" for table in tables_of(config))
-    if is_language and any(dataset.kind == "latents" for dataset in config.datasets):
+    tasks = [table.train.exo.task for table in tables_of(config)]
+    spoken = next((task for task in tasks if task in ("language", "rewrite")), None)
+    if spoken and any(dataset.kind == "latents" for dataset in config.datasets):
         raise ConfigError(
-            "train.exo.task must not be language with a dataset of kind latents, which has no captions; take "
-            "velocity, masks or projector"
+            f"train.exo.task must not be {spoken} with a dataset of kind latents, which has no captions; "
+            "take velocity, masks or projector"
         )
-    if is_language and not model_config.embeds_trunk:
+    if spoken and not model_config.embeds_trunk:
         raise ConfigError(
-            f"train.exo.task must not be language for preset {config.model.preset!r}, whose trunk is by "
+            f"train.exo.task must not be {spoken} for preset {config.model.preset!r}, whose trunk is by "
             "reference; take velocity, masks or projector"
         )
 

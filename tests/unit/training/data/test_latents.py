@@ -221,9 +221,10 @@ def test_values_and_sizes_are_checked_before_training(
     empty.mkdir()
     assert run(path, *settings(f"datasets.0.path={empty}")) == 2
     assert f"datasets.0.path: {empty} must be a folder of *.safetensors, found none" in error_line(capsys)
-    exo = settings("model.arch=exo", "train.exo.task=language")
-    assert run(path, *exo) == 2
-    assert "train.exo.task must not be language with a dataset of kind latents" in error_line(capsys)
+    for task in ("language", "rewrite"):
+        assert run(path, *settings("model.arch=exo", f"train.exo.task={task}")) == 2
+        message = f"train.exo.task must not be {task} with a dataset of kind latents"
+        assert message in error_line(capsys)
 
 
 def test_cells_of_the_known_spaces() -> None:

@@ -330,9 +330,12 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
             {"model": reference},
             "encoders.text must name the trunk of preset 'tiny', a folder or a repository",
         ),
-        (
-            {"model": reference, "encoders": {"text": trunk}, "train": {"exo": {"task": "language"}}},
-            "train.exo.task must not be language for preset 'tiny', whose trunk is by reference",
+        *(
+            (
+                {"model": reference, "encoders": {"text": trunk}, "train": {"exo": {"task": task}}},
+                f"train.exo.task must not be {task} for preset 'tiny', whose trunk is by reference",
+            )
+            for task in ("language", "rewrite")
         ),
         ({"train": {"compile": True}}, "train.compile must be false for exo"),
     ]
