@@ -25,12 +25,12 @@ class ExoTraining(Strict):
     """What a run of exo minimises (exo.md 10); other architectures do not read it.
 
     task: velocity; projector = the picture's latents from its visual tokens; language = words from the states
-    of the trunk's own text; rewrite = what a picture shows, in words, for models that rewrite instructions:
-    of an edit from its source and its instruction, of other samples from the picture itself; masks = the
-    known labels of edits alone. The weights diffusion, edit and perceptual are those of the three losses; of
+    of the trunk's own text; rewrite = what an edit shows, in words, from its source and its instruction, for
+    models that rewrite; masks = the known labels of edits alone. The weights diffusion, edit and perceptual are those of the three losses; of
     the edit loss, sparsity is the price of a marked cell and labels the weight of the cells' known labels.
     source: of the latents of the picture that is looked at from its visual tokens, where velocity (of edits)
-    or rewriting is learned; rewrite: of the words for edits, where velocity is learned.
+    or rewriting is learned; rewrite: of the words for edits, where velocity is learned; words: of the captions'
+    words from visual tokens, where the projector is learned, of models with a trunk of their own.
     iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
     whether samples without source picture have an edit loss, against the estimate of the first iteration.
     """
@@ -44,6 +44,7 @@ class ExoTraining(Strict):
     labels: float = Field(0.2, ge=0)
     source: float = Field(0.0, ge=0)
     rewrite: float = Field(0.0, ge=0)
+    words: float = Field(0.0, ge=0)
     features: Literal["decoder_mid", "lpips", "none"] = "decoder_mid"
     plain_edits: bool = True
 

@@ -29,7 +29,7 @@ from training.keys import generator
 from training.objectives.exo_losses import PERCEPTUAL_BELOW, kept_and_changed, label_loss, likeness
 from training.objectives.exo_stored import check_prompt, stored_prompts
 from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
-from training.objectives.language import TokenHeads, next_loss
+from training.objectives.language import CaptionWords, TokenHeads, next_loss
 
 
 class ExoObjective(FlowMatchingObjective):
@@ -69,6 +69,11 @@ class ExoObjective(FlowMatchingObjective):
         if "language" in tasks:
             vocab = module.config.trunk["text_config"]["vocab_size"]
             self.heads = TokenHeads(vocab, module.config.hidden_size, self.recipe.seed, device)
+        self.words: CaptionWords | None = None
+        if any(recipe.exo.words for recipe in recipes if recipe.exo.task == "projector"):
+            vocab = module.config.trunk["text_config"]["vocab_size"]
+            said = [self._words_of(number) for number in range(len(data.samples))]
+            self.words = CaptionWords(said, vocab, device)
 
     def kind_of(self, number: int) -> tuple[Bucket, int]:
         """Size, whether the sample is an edit, and whether its file tells the model so."""
@@ -89,8 +94,8 @@ class ExoObjective(FlowMatchingObjective):
         return losses[task](draw)
 
     def groups_at(self, step: int) -> list[list[int]]:
-        """As for any model; edits alone where masks are learned."""
-        if self.recipe_at(step).exo.task != "masks":
+        """As for any model; edits alone where masks or rewriting are learned."""
+        if self.recipe_at(step).exo.task not in ("masks", "rewrite"):
             return self.groups
         return [group for group in self.groups if self.data.samples[group[0]].is_edit]
 
@@ -226,12 +231,20 @@ class ExoObjective(FlowMatchingObjective):
         return distance(found, wanted, chance).sum() / len(draw.sigma)
 
     def _projector_loss(self, draw: Draw) -> Tensor:
-        """Squared error of the latents that the projector makes of the samples' own pictures."""
+        """Squared error of the latents that the projector makes of the samples' own pictures, and the words."""
         told = self.chat.read([""] * len(draw.numbers), self._pictures(draw.numbers)).to(self.device)
         trunk = self.exo.trunk
         assert trunk is not None
         picture = look(trunk, told.extras["pixels"], told.extras["grids"])
-        return self.recipe_at(draw.step).exo.diffusion * self._seen_loss(picture, draw.clean)
+        weights = self.recipe_at(draw.step).exo
+        loss = weights.diffusion * self._seen_loss(picture, draw.clean)
+        if weights.words:
+            assert self.words is not None
+            table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
+            tokens = trunk.get_submodule("language_model.norm")(picture.tokens)
+            said = [self._words_of(number) for number in draw.numbers]
+            loss = loss + weights.words * self.words.loss(tokens, table, said)
+        return loss
 
     def _seen_loss(self, picture: Picture, latents: Tensor) -> Tensor:
         """Squared error of the latents that the projector makes of what is seen."""
@@ -252,26 +265,19 @@ class ExoObjective(FlowMatchingObjective):
         return next_loss(passed.hidden, table, ids, mask) + spoken.mean()
 
     def _rewrite_loss(self, draw: Draw) -> Tensor:
-        """Cross-entropy of the words for what samples show, and the error of the latents of what is seen."""
+        """Cross-entropy of the words for what edits show, and the error of the latents of what is seen."""
         loss, picture = self._words_loss(draw)
         weight = self.recipe_at(draw.step).exo.source
-        if weight and picture is not None:
-            latents = self._source_latents(draw) if self._is_edit(draw) else draw.clean
-            loss = loss + weight * self._seen_loss(picture, latents)
+        if weight:
+            assert picture is not None
+            loss = loss + weight * self._seen_loss(picture, self._source_latents(draw))
         return loss
 
     def _words_loss(self, draw: Draw) -> tuple[Tensor, Picture | None]:
-        """Cross-entropy of the words for what samples show, and what is seen.
-
-        They follow the source and what is asked of it; of a plain sample itself nothing is asked.
-        """
+        """Cross-entropy of the words for what edits show, after the source and what is asked of it; and what is seen."""
         answers = [self._shown(number) for number in draw.numbers]
-        asked, pictures = [""] * len(answers), self._sources(draw.numbers)
-        if pictures is None:
-            pictures = self._pictures(draw.numbers)
-        else:
-            asked = [self.data.samples[number].caption for number in draw.numbers]
-        told = self.chat.read(asked, pictures, answers=answers).to(self.device)
+        asked = [self.data.samples[number].caption for number in draw.numbers]
+        told = self.chat.read(asked, self._sources(draw.numbers), answers=answers).to(self.device)
         assert told.context is not None
         assert told.context_mask is not None
         ids, mask = told.context[..., 0], told.context_mask
@@ -289,13 +295,20 @@ class ExoObjective(FlowMatchingObjective):
             return sample.caption
         return sample.target
 
+    def _words_of(self, number: int) -> list[int]:
+        """Token ids of what is said of a sample's image; none of an edit's that is not described."""
+        sample = self.data.samples[number]
+        told = sample.target or "" if sample.is_edit else sample.caption
+        return self.chat.tokenizer.ids(told)
+
     def _check_edits(self, recipes: Sequence[Recipe]) -> None:
         """Raises: ConfigError if masks are learned without edits, or words for edits that have none."""
         edits = [sample for sample in self.data.samples if sample.is_edit]
         for recipe in recipes:
-            if recipe.exo.task == "masks" and not edits:
-                raise ConfigError("train.exo.task masks must have a dataset with source pictures, got none")
-            if recipe.exo.task != "rewrite" and not recipe.exo.rewrite:
+            task = recipe.exo.task
+            if task in ("masks", "rewrite") and not edits:
+                raise ConfigError(f"train.exo.task {task} must have a dataset with source pictures, got none")
+            if task != "rewrite" and not recipe.exo.rewrite:
                 continue
             if not self.exo.config.rewrites:
                 raise ConfigError("train.exo must not learn to rewrite, got a model with rewrites: false")

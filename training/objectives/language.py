@@ -55,6 +55,32 @@ class TokenHeads:
         return told[0] + told[1:].mean()
 
 
+class CaptionWords:
+    """The words of captions as labels of what a picture shows: a word counts the more the fewer say it.
+
+    Source: Joulin et al. 2016, arXiv:1511.02251.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[int]], vocab: int, device: torch.device) -> None:
+        """Counts the captions `n` that hold each token of a vocabulary."""
+        said = torch.zeros(vocab)
+        for caption in captions:
+            said[sorted(set(caption))] += 1
+        self.worth = torch.log((len(captions) + 1) / (said + 1)).to(device)
+
+    def loss(self, tokens: Tensor, table: Tensor, captions: Sequence[Sequence[int]]) -> Tensor:
+        """Cross-entropy of the words of captions `b` by the embeddings `v d`, of visual tokens `b n d`.
+
+        Each visual token speaks for the words that it likes best; a picture says what any of them says.
+        """
+        spoken = functional.linear(tokens.float(), table.float()).logsumexp(dim=1).log_softmax(dim=1)
+        labels = torch.zeros_like(spoken)
+        for row, caption in zip(labels, captions, strict=True):
+            row[sorted(set(caption))] = 1
+        labels = labels * self.worth
+        return -(labels * spoken).sum() / labels.sum().clamp(min=1)
+
+
 class LanguageObjective:
     """Cross-entropy of the next token, plus that of the present and of the LOOKBACK tokens before it."""
 
