@@ -17,6 +17,7 @@ from flowcore.weights.exo import FORMAT, load_trunk, trunk_reference
 from training.config import RunConfig
 from training.loop import DTYPES
 from training.stages import stage_at, stages_of, tables_of
+from training.train_table import ExoTraining
 
 
 def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
@@ -26,18 +27,24 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
             "train.compile must be false for exo, whose prompts and steps are calls of their own, got true"
         )
     trunk_folder(config, model_config)
-    tasks = [table.train.exo.task for table in tables_of(config)]
-    spoken = next((task for task in tasks if task in ("language", "rewrite")), None)
+    spoken = next((_spoken(table.train.exo) for table in tables_of(config) if _spoken(table.train.exo)), None)
     if spoken and any(dataset.kind == "latents" for dataset in config.datasets):
         raise ConfigError(
-            f"train.exo.task must not be {spoken} with a dataset of kind latents, which has no captions; "
-            "take velocity, masks or projector"
+            f"train.exo must not learn {spoken} with a dataset of kind latents, which has no captions; take "
+            "task velocity, masks or projector without words"
         )
     if spoken and not model_config.embeds_trunk:
         raise ConfigError(
-            f"train.exo.task must not be {spoken} for preset {config.model.preset!r}, whose trunk is by "
-            "reference; take velocity, masks or projector"
+            f"train.exo must not learn {spoken} for preset {config.model.preset!r}, whose trunk is by "
+            "reference; take task velocity, masks or projector without words"
         )
+
+
+def _spoken(recipe: ExoTraining) -> str | None:
+    """What of a recipe takes captions and a trunk of one's own."""
+    if recipe.task in ("language", "rewrite"):
+        return f"task {recipe.task}"
+    return "words" if recipe.task == "projector" and recipe.words else None
 
 
 def _trunk_name(config: RunConfig) -> str | None:

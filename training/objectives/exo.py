@@ -231,7 +231,7 @@ class ExoObjective(FlowMatchingObjective):
         return distance(found, wanted, chance).sum() / len(draw.sigma)
 
     def _projector_loss(self, draw: Draw) -> Tensor:
-        """Squared error of the latents that the projector makes of the samples' own pictures, and the words."""
+        """Squared error of the latents that the projector makes of the samples' own pictures, with words."""
         told = self.chat.read([""] * len(draw.numbers), self._pictures(draw.numbers)).to(self.device)
         trunk = self.exo.trunk
         assert trunk is not None
@@ -274,7 +274,7 @@ class ExoObjective(FlowMatchingObjective):
         return loss
 
     def _words_loss(self, draw: Draw) -> tuple[Tensor, Picture | None]:
-        """Cross-entropy of the words for what edits show, after the source and what is asked of it; and what is seen."""
+        """Cross-entropy of the words for what edits show, after source and request, and what is seen."""
         answers = [self._shown(number) for number in draw.numbers]
         asked = [self.data.samples[number].caption for number in draw.numbers]
         told = self.chat.read(asked, self._sources(draw.numbers), answers=answers).to(self.device)

@@ -20,7 +20,7 @@ train.epochs train.trainable train.teachers
 train.stages train.stages.name train.stages.steps train.stages.epochs train.stages.train
 train.stages.optimizer train.stages.schedule
 train.exo train.exo.task train.exo.iterations train.exo.diffusion train.exo.edit train.exo.perceptual
-train.exo.sparsity train.exo.labels train.exo.source train.exo.rewrite train.exo.features
+train.exo.sparsity train.exo.labels train.exo.source train.exo.rewrite train.exo.words train.exo.features
 train.exo.plain_edits
 train.timesteps train.timesteps.law train.timesteps.mean train.timesteps.std train.timesteps.shift
 optimizer optimizer.name optimizer.lr optimizer.rule optimizer.weight_decay optimizer.betas

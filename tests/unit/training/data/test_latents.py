@@ -223,7 +223,7 @@ def test_values_and_sizes_are_checked_before_training(
     assert f"datasets.0.path: {empty} must be a folder of *.safetensors, found none" in error_line(capsys)
     for task in ("language", "rewrite"):
         assert run(path, *settings("model.arch=exo", f"train.exo.task={task}")) == 2
-        message = f"train.exo.task must not be {task} with a dataset of kind latents"
+        message = f"train.exo must not learn task {task} with a dataset of kind latents"
         assert message in error_line(capsys)
 
 

@@ -1,5 +1,6 @@
 """Exo's objective: keyed draws, kinds of batches, its terms, checkpointing, tasks, a trunk by reference."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from flowcore.errors import CheckpointError, ConfigError
 from flowcore.models.exo.labels import changed_cells
+from flowcore.models.exo.trunk import look
 from tests.exo_trunk import REFERENCE, TRUNK, write_trunk
 from tests.tiny import VAE, write_parts
 from tests.unit.training.workspace import fitted, run_config, write_edits, write_images
@@ -22,6 +24,14 @@ CPU = torch.device("cpu")
 BATCH = slice(0, 4)
 MASKED = ("adapters.", "memory.", "projector.", "tokens.", "trunk.", "edit_head.")
 """What a mask follows from: all but the diffusion head."""
+
+
+SPOKEN = (
+    ({"task": "language"}, "task language"),
+    ({"task": "rewrite"}, "task rewrite"),
+    ({"task": "projector", "words": 1.0}, "words"),
+)
+"""Sections `train.exo` that take captions and a trunk of one's own."""
 
 
 def objective(folder: Path, train: dict[str, Any] | None = None, **sections: Any) -> ExoObjective:
@@ -180,10 +190,13 @@ def test_masks_are_learned_from_edits_alone_and_in_every_iteration(tmp_path: Pat
     assert float(shares.max()) > 0.7
 
 
-def test_masks_need_edits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["masks", "rewrite"])
+def test_masks_and_rewriting_need_edits(tmp_path: Path, task: str) -> None:
     write_images(tmp_path / "images", 8)
-    with pytest.raises(ConfigError, match=r"train\.exo\.task masks must have a dataset with source pictures"):
-        objective(tmp_path, {"exo": {"task": "masks"}})
+    with pytest.raises(
+        ConfigError, match=rf"train\.exo\.task {task} must have a dataset with source pictures"
+    ):
+        objective(tmp_path, {"exo": {"task": task}})
 
 
 def test_the_source_is_learned_beside_the_velocity_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -237,28 +250,46 @@ def test_a_task_has_gradients_for_its_part_and_can_be_learned(
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("is_edit", [False, True])
-def test_rewriting_is_learned_from_the_words_of_the_target_alone(tmp_path: Path, is_edit: bool) -> None:
+def test_rewriting_is_learned_from_the_words_of_the_target_alone(tmp_path: Path) -> None:
     """The cross-entropy of each word after the picture, what is asked and the words before, written out."""
     made = rewriter(tmp_path, {"exo": {"task": "rewrite"}})
-    step = step_of(made, is_edit=is_edit, iterations=1)
-    draw = made.draw(step, BATCH)
+    draw = made.draw(0, BATCH)
     table = made.exo.get_parameter("trunk.language_model.embed_tokens.weight")
     losses = []
     with torch.no_grad():
         for number in draw.numbers:
             sample = made.data.samples[number]
-            if is_edit:
-                asked = made.chat.read([sample.caption], made._sources([number]))
-            else:
-                asked = made.chat.read([""], made._pictures([number]))
-            text = f"shows {sample.path.stem}" if is_edit else sample.caption
-            said = torch.tensor([made.chat.tokenizer.ids(f"{text}<|im_end|>")])
+            asked = made.chat.read([sample.caption], made._sources([number]))
+            said = torch.tensor([made.chat.tokenizer.ids(f"shows {sample.path.stem}<|im_end|>")])
             ids = torch.cat([asked.context[..., 0], said], dim=1)
             mask = torch.ones_like(ids, dtype=torch.bool)
             states = made.exo.read(ids, mask, **asked.extras).passed.hidden[:, -1 - said.shape[1] : -1]
             losses.append(functional.cross_entropy((states @ table.T)[0], said[0], reduction="none"))
-        assert float(made.loss(step, BATCH)) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+        assert float(made.loss(0, BATCH)) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    assert all(made._is_edit(made.draw(step, BATCH)) for step in range(8))
+
+
+def test_visual_tokens_learn_the_words_of_captions_beside_the_latents(tmp_path: Path) -> None:
+    """The words that one visual token or another likes best, rare words for more, written out."""
+    plain, told = (
+        rewriter(tmp_path, {"exo": {"task": "projector", "words": weight}}) for weight in (0.0, 0.5)
+    )
+    samples = told.data.samples
+    said = [set(told.chat.tokenizer.ids(one.target if one.is_edit else one.caption)) for one in samples]
+    draw = told.draw(0, BATCH)
+    trunk, table = told.exo.trunk, told.exo.get_parameter("trunk.language_model.embed_tokens.weight")
+    assert trunk is not None
+    with torch.no_grad():
+        pictures = told.chat.read([""] * 4, told._pictures(draw.numbers))
+        tokens = look(trunk, pictures.extras["pixels"], pictures.extras["grids"]).tokens
+        liked = (trunk.get_submodule("language_model.norm")(tokens) @ table.T).exp().sum(dim=1)
+        total = worth = 0.0
+        for number, row in zip(draw.numbers, liked, strict=True):
+            for word in said[number]:
+                rare = math.log((len(said) + 1) / (1 + sum(word in one for one in said)))
+                total, worth = total - rare * float((row[word] / row.sum()).log()), worth + rare
+        found = float(told.loss(0, BATCH)) - float(plain.loss(0, BATCH))
+    assert found == pytest.approx(0.5 * total / worth, rel=1e-4)
 
 
 def test_a_model_that_rewrites_draws_what_edits_show(tmp_path: Path) -> None:
@@ -332,10 +363,10 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
         ),
         *(
             (
-                {"model": reference, "encoders": {"text": trunk}, "train": {"exo": {"task": task}}},
-                f"train.exo.task must not be {task} for preset 'tiny', whose trunk is by reference",
+                {"model": reference, "encoders": {"text": trunk}, "train": {"exo": told}},
+                f"train.exo must not learn {name} for preset 'tiny', whose trunk is by reference",
             )
-            for task in ("language", "rewrite")
+            for told, name in SPOKEN
         ),
         ({"train": {"compile": True}}, "train.compile must be false for exo"),
     ]
