@@ -29,7 +29,7 @@ from training.keys import generator
 from training.objectives.exo_losses import PERCEPTUAL_BELOW, kept_and_changed, label_loss, likeness
 from training.objectives.exo_stored import check_prompt, stored_prompts
 from training.objectives.flow_matching import Draw, FlowMatchingObjective, Judge, Recipe
-from training.objectives.language import CaptionWords, TokenHeads, next_loss
+from training.objectives.language import PLACE_SHARE, CaptionWords, TokenHeads, next_loss, place_loss
 
 
 class ExoObjective(FlowMatchingObjective):
@@ -243,7 +243,8 @@ class ExoObjective(FlowMatchingObjective):
             table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
             tokens = trunk.get_submodule("language_model.norm")(picture.tokens)
             said = [self._words_of(number) for number in draw.numbers]
-            loss = loss + weights.words * self.words.loss(tokens, table, said)
+            places = place_loss(tokens, (picture.rows, picture.columns), self.recipe.seed)
+            loss = loss + weights.words * (self.words.loss(tokens, table, said) + PLACE_SHARE * places)
         return loss
 
     def _seen_loss(self, picture: Picture, latents: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HEAD_STD, HEAD_GAIN = 0.02, 4.0
 LOOKBACK = 5
 """Words before the present one that a state must tell: "left of a large blue square" from end to end."""
+PLACE_SHARE = 0.3
+"""Weight of the places of visual tokens beside the words of captions."""
 
 
 def next_loss(states: Tensor, table: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -79,6 +81,21 @@ class CaptionWords:
             row[sorted(set(caption))] = 1
         labels = labels * self.worth
         return -(labels * spoken).sum() / labels.sum().clamp(min=1)
+
+
+def place_loss(tokens: Tensor, grid: tuple[int, int], seed: int) -> Tensor:
+    """Cross-entropy of the row and the column of each visual token, read by fixed random heads.
+
+    Without it their states do not tell it, and which of two things is left of the other is learned last.
+    Shapes: tokens `b n d`, row by row of a grid (rows, columns).
+    """
+    rows, columns = grid
+    heads = torch.randn(rows + columns, tokens.shape[-1], generator=generator(seed, "place"))
+    told = functional.linear(tokens.flatten(0, 1).float(), heads.mul(HEAD_GAIN * HEAD_STD).to(tokens.device))
+    row = torch.arange(rows, device=tokens.device).repeat_interleave(columns).repeat(len(tokens))
+    column = torch.arange(columns, device=tokens.device).repeat(rows * len(tokens))
+    by_row, by_column = told.split([rows, columns], dim=1)
+    return functional.cross_entropy(by_row, row) + functional.cross_entropy(by_column, column)
 
 
 class LanguageObjective:
