@@ -30,8 +30,8 @@ class ExoTraining(Strict):
     are those of the three losses; of the edit loss, sparsity is the price of a marked cell and labels the
     weight of the cells' known labels. source: of the latents of the picture that is looked at from its visual
     tokens, where velocity (of edits) or rewriting is learned; rewrite: of the words for edits, where velocity
-    is learned; words: of the captions' words, and of where they stand, from visual tokens, where the projector
-    is learned.
+    is learned; words: of the captions' words, and of where they stand, from visual tokens, where the
+    projector is learned.
     iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
     whether samples without source picture have an edit loss, against the estimate of the first iteration.
     """
