@@ -17,7 +17,6 @@ from tests.exo_trunk import REFERENCE, TRUNK, write_trunk
 from tests.tiny import VAE, write_parts
 from tests.unit.training.workspace import fitted, run_config, write_edits, write_images
 from training.assemble import build_objective, prepare
-from training.keys import generator
 from training.objectives.exo import ExoObjective
 from training.objectives.language import PLACE_SHARE, place_loss
 from training.stop import StopFlag
@@ -293,20 +292,6 @@ def test_visual_tokens_learn_words_and_places_beside_the_latents(tmp_path: Path)
         found = float(told.loss(0, BATCH)) - float(plain.loss(0, BATCH))
         places = place_loss(tokens, (picture.rows, picture.columns), told.recipe.seed)
     assert found == pytest.approx(0.5 * (total / worth + PLACE_SHARE * float(places)), rel=1e-4)
-
-
-def test_places_are_read_from_states_that_tell_them() -> None:
-    """Of a grid that is not square; states that repeat the heads of their place are read without error."""
-    rows, columns, width = 2, 3, 512
-    heads = torch.randn(rows + columns, width, generator=generator(7, "place"))
-    tokens = torch.stack(
-        [heads[row] + heads[rows + column] for row in range(rows) for column in range(columns)]
-    )
-    assert float(place_loss(tokens[None], (rows, columns), 7)) < 1e-3
-    blind = torch.zeros(2, rows * columns, width)
-    assert float(place_loss(blind, (rows, columns), 7)) == pytest.approx(math.log(rows) + math.log(columns))
-    turned = tokens.reshape(rows, columns, width).transpose(0, 1).reshape(1, -1, width)
-    assert float(place_loss(turned, (rows, columns), 7)) > 1
 
 
 def test_a_model_that_rewrites_draws_what_edits_show(tmp_path: Path) -> None:
