@@ -86,7 +86,7 @@ class CaptionWords:
 def place_loss(tokens: Tensor, grid: tuple[int, int], seed: int) -> Tensor:
     """Cross-entropy of the row and the column of each visual token, read by fixed random heads.
 
-    Without it their states do not tell it, and which of two things is left of the other is learned last.
+    Trained on latents and words alone, their states hold no trace of it.
     Shapes: tokens `b n d`, row by row of a grid (rows, columns).
     """
     rows, columns = grid
