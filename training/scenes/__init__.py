@@ -5,7 +5,7 @@ background and, for two objects, their relation. One meaning in ten is held out 
 hash. An edit is a source scene, an instruction, and the target scene.
 """
 
-from .captions import Meaning, MeantObject, caption_scene, captions_held_out, parse_caption
+from .captions import Meaning, MeantObject, caption_scene, captions_held_out, parse_caption, plain_caption
 from .draw import draw
 from .edits import Edit, iterate_edits, random_edit
 from .errors import SceneError
@@ -34,6 +34,7 @@ __all__ = [
     "iterate_scenes",
     "judge",
     "parse_caption",
+    "plain_caption",
     "random_edit",
     "random_scene",
     "write_edits",

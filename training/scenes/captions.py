@@ -89,15 +89,24 @@ def caption_scene(scene: Scene, rng: np.random.Generator, *, is_complete: bool =
         content, position = _relation_phrase(scene, rng, is_sized=is_named("size")), ""
     else:
         (item,) = scene.objects
-        content = _object_phrase(item, rng, is_sized=is_named("size"))
+        content = _object_phrase(item, _size_word(item, rng, is_sized=is_named("size")))
         position = _choose(rng, _POSITION_PHRASES[item.position or "center"]) if is_named("position") else ""
-    ground = f"{_article(scene.background)} {scene.background} background" if is_named("background") else ""
+    ground = _ground_phrase(scene) if is_named("background") else ""
     template = _choose(rng, _TWO_TEMPLATES if scene.relation else _ONE_TEMPLATES)
     if ground and rng.random() < _GROUND_FIRST_SHARE:
         template = _GROUND_FIRST
     background = f"on {ground}" if ground else ""
     filled = template.format(object=content, position=position, background=background, ground=ground)
     return " ".join(filled.split())
+
+
+def plain_caption(scene: Scene) -> str:
+    """The one complete caption of all scenes of a meaning; of two objects the left or upper is first."""
+    objects = [_object_phrase(item, item.size) for item in scene.objects]
+    content = f" {scene.relation} ".join(objects)
+    if not scene.relation:
+        content += f" {_POSITION_PHRASES[scene.objects[0].position or 'center'][0]}"
+    return f"{content} on {_ground_phrase(scene)}"
 
 
 def captions_held_out(count: int, seed: int, objects: ObjectCount = "one") -> list[str]:
@@ -145,15 +154,22 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _object_phrase(item: SceneObject, rng: np.random.Generator, *, is_sized: bool) -> str:
-    words = [_choose(rng, _SIZE_WORDS[item.size])] if is_sized else []
-    words += [item.color, item.shape]
+def _size_word(item: SceneObject, rng: np.random.Generator, *, is_sized: bool) -> str:
+    return _choose(rng, _SIZE_WORDS[item.size]) if is_sized else ""
+
+
+def _object_phrase(item: SceneObject, size: str) -> str:
+    words = [word for word in (size, item.color, item.shape) if word]
     return " ".join([_article(words[0]), *words])
+
+
+def _ground_phrase(scene: Scene) -> str:
+    return f"{_article(scene.background)} {scene.background} background"
 
 
 def _relation_phrase(scene: Scene, rng: np.random.Generator, *, is_sized: bool) -> str:
     relation = scene.relation or "left of"
-    first, second = (_object_phrase(item, rng, is_sized=is_sized) for item in scene.objects)
+    first, second = (_object_phrase(item, _size_word(item, rng, is_sized=is_sized)) for item in scene.objects)
     if rng.integers(2):
         relation, first, second = _OPPOSITE[relation], second, first
     return f"{first} {_choose(rng, _RELATION_WORDS[relation])} {second}"

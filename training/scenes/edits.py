@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .captions import caption_scene
+from .captions import caption_scene, plain_caption
 from .scene import (
     CONTRAST,
     PALETTE,
@@ -52,7 +52,7 @@ class Edit:
     Attributes:
         kind: One of `KINDS`.
         instruction: What is to change, which says all that the target needs beside the source.
-        caption: Complete caption of the target.
+        caption: Plain caption of the target, for a model that answers in words: nothing in it is chance.
     """
 
     kind: str
@@ -93,7 +93,7 @@ def random_edit(rng: np.random.Generator, objects: ObjectCount = "mixed", *, spl
                 source=source,
                 target=change.target,
                 instruction=template.format(object=_name(source, index, rng), value=change.value),
-                caption=caption_scene(change.target, rng, is_complete=True),
+                caption=plain_caption(change.target),
             )
 
 
@@ -102,13 +102,13 @@ def iterate_edits(
 ) -> Iterator[tuple[Edit, str]]:
     """Edits, each with its text; number i depends on seed and i alone, not on count.
 
-    The text is the instruction, for a quarter of the edits the target's caption; never so in the test split.
+    The text is the instruction, for a quarter of the edits a caption of the target; not in the test split.
     """
     for index in range(count):
         rng = np.random.default_rng([_STREAM, seed, index])
         edit = random_edit(rng, objects, split=split)
         is_caption = split != "test" and rng.random() < _CAPTION_SHARE
-        yield edit, edit.caption if is_caption else edit.instruction
+        yield edit, caption_scene(edit.target, rng, is_complete=True) if is_caption else edit.instruction
 
 
 def _pick(rng: np.random.Generator, items: tuple[str, ...]) -> str:

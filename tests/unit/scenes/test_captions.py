@@ -16,6 +16,7 @@ from training.scenes import (
     is_held_out,
     iterate_scenes,
     parse_caption,
+    plain_caption,
     random_scene,
 )
 from training.scenes.captions import vocabulary
@@ -52,6 +53,17 @@ def test_complete_captions_name_everything(objects: str) -> None:
         assert [(item.size, item.position) for item in meaning.objects] == [
             (item.size, item.position) for item in scene.objects
         ]
+
+
+@pytest.mark.parametrize("objects", ["one", "two"])
+def test_plain_captions_name_everything_and_the_left_or_upper_object_first(objects: str) -> None:
+    for index in range(300):
+        rng = np.random.default_rng([1, index])
+        scene = random_scene(rng, objects)  # type: ignore[arg-type]
+        caption = plain_caption(scene)
+        assert parse_caption(caption) == parse_caption(caption_scene(scene, rng, is_complete=True))
+        first = scene.objects[0]
+        assert caption.split()[1:4] == [first.size, first.color, first.shape]
 
 
 def test_attributes_are_mostly_named() -> None:
