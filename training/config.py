@@ -72,22 +72,20 @@ class Dataset(Strict):
     """One folder of images, each with a caption file of the same name; or of encoded samples.
 
     kind: `trajectories` are made by `training.trajectories`; `latents` are safetensors files, one a sample,
-    with the tensors of `batch.safetensors` without the batch axis. composites: beside each trajectory an
-    edit, whose source has a rectangle of another one's latents in it.
+    with the tensors of `batch.safetensors` without the batch axis. edits: beside each trajectory an edit,
+    whose source is the one that is stored with it, else has a rectangle of another one's latents in it.
     """
 
     kind: Literal["folder", "trajectories", "latents"] = "folder"
     path: str
     caption_extension: str = Field(".txt", pattern=r"^\.\w+$")
     repeats: int = Field(1, ge=1)
-    composites: bool = False
+    edits: bool = False
 
     @model_validator(mode="after")
-    def _composes_trajectories(self) -> Dataset:
-        if self.composites and self.kind != "trajectories":
-            raise ValueError(
-                f"composites must be false for kind {self.kind}, got true; set kind: trajectories"
-            )
+    def _edits_trajectories(self) -> Dataset:
+        if self.edits and self.kind != "trajectories":
+            raise ValueError(f"edits must be false for kind {self.kind}, got true; set kind: trajectories")
         return self
 
 

@@ -11,7 +11,7 @@ from training.config import Data, Dataset
 from training.data.images import image_size
 from training.data.latents import scan_latents
 from training.data.sample import SOURCE_ENDING, DataError, Reject, Sample, SampleError, read_usable
-from training.data.trajectories import composites, scan_trajectories
+from training.data.trajectories import scan_trajectories
 from training.stop import StopFlag
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -34,8 +34,7 @@ def scan(
     for number, dataset in enumerate(datasets):
         where = f"datasets.{number}.path"
         if dataset.kind == "trajectories":
-            found = scan_trajectories(Path(dataset.path).expanduser(), where, flag)
-            found += composites(found, where) if dataset.composites else []
+            found = scan_trajectories(Path(dataset.path).expanduser(), where, flag, edits=dataset.edits)
         elif dataset.kind == "latents":
             found = scan_latents(dataset, where, data, rejects, flag)
         else:

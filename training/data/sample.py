@@ -37,14 +37,16 @@ class Stored:
     """Latents that lie in a safetensors file under `name`.
 
     noise_seed: of the noise that they belong to, None where any does. space: of the latents, JSON-like, None
-    where the file does not tell. composite: other latents in the file, a rectangle of which makes this sample
-    the source of an edit. others: what else of the sample is in the file, by the names of the
-    `batch.safetensors` of runs; with `context` among it the caption is encoded already.
+    where the file does not tell. source: the latents in the file that are the source of an edit. composite:
+    other latents in the file, a rectangle of which makes this sample the source of an edit. others: what else
+    of the sample is in the file, by the names of the `batch.safetensors` of runs; with `context` among it the
+    caption is encoded already.
     """
 
     name: str
     noise_seed: int | None = None
     space: Mapping[str, Any] | None = field(default=None, hash=False)
+    source: str | None = None
     composite: str | None = None
     others: frozenset[str] = frozenset()
 
@@ -72,7 +74,7 @@ class Sample:
         """Whether there is a picture before the edit, or what it is encoded to."""
         stored = self.stored
         return self.source is not None or bool(
-            stored and (stored.composite or SOURCE_LATENTS in stored.others)
+            stored and (stored.source or stored.composite or SOURCE_LATENTS in stored.others)
         )
 
     @property

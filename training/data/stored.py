@@ -34,7 +34,9 @@ class StoredFiles:
                 self._file, self._path = safe_open(sample.path, framework="pt"), sample.path
             tensors = {LATENTS: self._file.get_tensor(sample.stored.name)}
             tensors |= {name: self._file.get_tensor(name) for name in sorted(sample.stored.others)}
-            if sample.stored.composite:
+            if sample.stored.source:
+                tensors[SOURCE_LATENTS] = self._file.get_tensor(sample.stored.source)
+            elif sample.stored.composite:
                 other = self._file.get_tensor(sample.stored.composite)
                 tensors[SOURCE_LATENTS] = compose(tensors[LATENTS], other, sample.key)
         except (OSError, SafetensorError) as err:

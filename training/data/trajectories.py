@@ -19,6 +19,8 @@ from training.files import sha256
 from training.stop import StopFlag
 
 FORMAT = "flowcore.trajectories/1"
+RESULT, SOURCE = "z0", "source_z0"
+"""Names of a record's latents behind its key: the teacher's, and those of the picture before an edit."""
 INDEX = "index.jsonl"
 """A line of provenance with the checksums of the shards, then a line a record."""
 _AGAIN = "start the same python -m training.trajectories again"
@@ -35,8 +37,10 @@ def draw_start(seed: int, shape: Sequence[int]) -> Tensor:
     return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
 
 
-def scan_trajectories(root: Path, where: str, stop: StopFlag) -> list[Sample]:
+def scan_trajectories(root: Path, where: str, stop: StopFlag, *, edits: bool = False) -> list[Sample]:
     """Records of a folder as samples, after a look at the checksum of every shard.
+
+    edits: whether an edit for each record is to follow them, with the stored source or a composite.
 
     Raises: DataError that names the folder or file and the remedy; StoppedError.
     """
@@ -59,10 +63,21 @@ def scan_trajectories(root: Path, where: str, stop: StopFlag) -> list[Sample]:
         stop.check()
         if not path.is_file() or sha256(path) != expected:
             raise DataError(f"{path} must be as it was written, got a missing or damaged file; {_AGAIN}")
-    return samples
+    if not edits:
+        return samples
+    return samples + (
+        [_sourced(s) for s in samples] if header.get("sources") else _composites(samples, where)
+    )
 
 
-def composites(samples: Sequence[Sample], where: str) -> list[Sample]:
+def _sourced(sample: Sample) -> Sample:
+    """The edit from a record's stored source, which its caption asks for."""
+    assert sample.stored is not None
+    stored = replace(sample.stored, source=f"{sample.key}.{SOURCE}")
+    return replace(sample, key=f"{sample.key}.edit", stored=stored)
+
+
+def _composites(samples: Sequence[Sample], where: str) -> list[Sample]:
     """An edit for each record: its caption asks for it, its source has a part of the next one of its shard.
 
     Raises: DataError if no shard holds two.
@@ -77,7 +92,7 @@ def composites(samples: Sequence[Sample], where: str) -> list[Sample]:
                 stored = replace(sample.stored, composite=other.stored.name)
                 found.append(replace(sample, key=f"{sample.key}.edit", stored=stored))
     if not found:
-        raise DataError(f"{where}: composites must have shards of two records or more, got one a shard")
+        raise DataError(f"{where}: edits must have shards of two records or more, got one a shard")
     return found
 
 
@@ -98,7 +113,7 @@ def check_space(space: Mapping[str, Any], encoder: ImageEncoder, path: Path) -> 
 def _sample(record: Mapping[str, Any], header: Mapping[str, Any], root: Path) -> Sample:
     width, height = map(int, header["size"])
     key, shard = str(record["key"]), root / Path(record["shard"]).name
-    stored = Stored(f"{key}.z0", record.get("noise_seed"), header["latents"])
+    stored = Stored(f"{key}.{RESULT}", record.get("noise_seed"), header["latents"])
     return Sample(key, shard, str(record["caption"]), width, height, stored=stored)
 
 

@@ -57,7 +57,7 @@ _LIGHTS = (
 )
 
 
-def read_prompts(path: Path | None) -> list[str]:
+def read_prompts(path: Path | None, option: str = "--prompts") -> list[str]:
     """The prompts of a UTF-8 text file, one a line, blank lines left out; the built-in ones for no file.
 
     Raises: ConfigError if the file cannot be read or holds none.
@@ -67,10 +67,10 @@ def read_prompts(path: Path | None) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--prompts must be a readable UTF-8 text file, got {path} ({err})") from err
+        raise ConfigError(f"{option} must be a readable UTF-8 text file, got {path} ({err})") from err
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"--prompts must hold a prompt a line, got none in {path}")
+        raise ConfigError(f"{option} must hold a prompt a line, got none in {path}")
     return prompts
 
 

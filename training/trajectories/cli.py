@@ -14,7 +14,7 @@ from training.cli import DONE, STOPPED, parser, run_command
 from training.stop import StopFlag
 
 if TYPE_CHECKING:
-    from training.trajectories.making import Job
+    from training.trajectories.making import Job, Sources
     from training.trajectories.teachers import Request, Teacher
 
 COUNT = 25_000
@@ -44,6 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--guidance", type=float, help="scale (default: the teacher's)")
     made.add_argument("--negative", default="", help="negative prompt of a model of this project")
     made.add_argument(
+        "--source-steps",
+        type=int,
+        metavar="N",
+        help="store a source of an edit beside each record: what so many steps make of its noise",
+    )
+    made.add_argument(
+        "--source-prompts",
+        type=Path,
+        metavar="FILE",
+        help="the same: what a caption of this file makes of its noise, one for each of --prompts",
+    )
+    made.add_argument(
         "--vae", metavar="NAME", help="store latents of this autoencoder, which belong to no noise"
     )
     made.add_argument("--batch", type=int, default=4, help="records at a time (default: 4)")
@@ -66,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    for name in ("count", "steps", "batch", "tflops"):
+    for name in ("count", "steps", "source_steps", "batch", "tflops"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"--{name} must be above 0, got {value}")
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if arguments.seed < 0:
         raise ConfigError(f"--seed must be 0 or more, got {arguments.seed}")
     if arguments.json and not arguments.dry_run:
@@ -116,6 +128,10 @@ def _job(arguments: argparse.Namespace) -> Job:
             raise ConfigError(
                 "--images must come with --vae, and without --prompts, for images have captions of their own"
             )
+        if arguments.source_steps or arguments.source_prompts:
+            raise ConfigError(
+                "--images must come without --source-steps and --source-prompts, for no teacher makes them"
+            )
         maker = images = ImageFolder(arguments.images, request)
         prompts, count = images.captions, arguments.count or len(images.captions)
         if count > len(prompts):
@@ -128,7 +144,27 @@ def _job(arguments: argparse.Namespace) -> Job:
         batch=arguments.batch,
         dtype=arguments.dtype,
         vae=arguments.vae,
+        sources=_sources(arguments, len(prompts)),
     )
+
+
+def _sources(arguments: argparse.Namespace, count: int) -> Sources | None:
+    """What is stored as the picture before an edit. Raises: ConfigError if it would be the record itself."""
+    from training.trajectories.captions import read_prompts
+    from training.trajectories.making import Sources
+
+    steps, path = arguments.source_steps, arguments.source_prompts
+    if path is None:
+        if steps is not None and steps >= arguments.steps:
+            raise ConfigError(f"--source-steps must be below --steps {arguments.steps}, got {steps}")
+        return None if steps is None else Sources(steps=steps, prompts=None)
+    prompts = read_prompts(path, "--source-prompts")
+    if arguments.prompts is None or len(prompts) != count:
+        raise ConfigError(
+            f"--source-prompts must hold as many prompts as the file of --prompts, {count}, got "
+            f"{len(prompts)} in {path}"
+        )
+    return Sources(steps=steps, prompts=prompts)
 
 
 def _teacher(arguments: argparse.Namespace, request: Request) -> Teacher:

@@ -93,15 +93,15 @@ class DiffusersTeacher:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 
-    def flops(self) -> float:
+    def flops(self, steps: int | None = None) -> float:
         """As `Maker`; counted on the meta device, without weights."""
         pair = 2 if self.kind == KLEIN and self._is_guided() else 1
-        return network_flops(self.kind, self.network, self._grid()) * self.request.steps * pair
+        return network_flops(self.kind, self.network, self._grid()) * (steps or self.request.steps) * pair
 
     @torch.inference_mode()
-    def latents(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def latents(self, captions: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """As `Teacher`."""
-        self._run(captions, seeds, "latent")
+        self._run(captions, seeds, "latent", steps)
         rows, columns = self._grid()
         if self.kind == FLUX1:
             packed = "b (h w) (c p q) -> b c (h p) (w q)"
@@ -109,13 +109,15 @@ class DiffusersTeacher:
         return rearrange(self._last, "b (h w) c -> b c h w", h=rows, w=columns).float().cpu()
 
     @torch.inference_mode()
-    def pictures(self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    def pictures(
+        self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], steps: int | None = None
+    ) -> Tensor:
         """As `Maker`."""
         del numbers
-        images: Tensor = self._run(captions, seeds, "pt")
+        images: Tensor = self._run(captions, seeds, "pt", steps)
         return images.float().mul(2).sub(1)
 
-    def _run(self, captions: Sequence[str], seeds: Sequence[int], kind: str) -> Any:  # noqa: ANN401 - by kind
+    def _run(self, captions: Sequence[str], seeds: Sequence[int], kind: str, steps: int | None) -> Any:  # noqa: ANN401 - by kind
         """The pipeline's result; the latents of its last step are kept."""
         noise = torch.stack([draw_start(seed, (self.space.channels, *self._grid())) for seed in seeds])
         if self.kind == FLUX1:
@@ -132,7 +134,7 @@ class DiffusersTeacher:
             prompt=list(captions),
             width=self.size[0],
             height=self.size[1],
-            num_inference_steps=self.request.steps,
+            num_inference_steps=steps or self.request.steps,
             latents=noise,
             output_type=kind,
             callback_on_step_end=keep,

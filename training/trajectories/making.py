@@ -14,6 +14,7 @@ from tqdm import tqdm
 from flowcore.vae.autoencoder import Autoencoder, load_vae
 from flowcore.vae.latent_spec import LatentSpec
 from training.data.cache import content_key
+from training.data.trajectories import RESULT, SOURCE
 from training.encoders import file_identity
 from training.files import RunError
 from training.keys import key
@@ -27,6 +28,19 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Pictures before edits, which a teacher makes of the noise of the records.
+
+    Attributes:
+        steps: of the teacher; None = as many as of a record.
+        prompts: as many as those of the records; None = the same.
+    """
+
+    steps: int | None
+    prompts: Sequence[str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is to be made.
 
@@ -34,6 +48,7 @@ class Job:
         maker: of the pictures; without `vae` a `Teacher`, whose latents belong to their noise.
         prompts: record n has prompt n, from the first again after the last.
         vae: name of the autoencoder that encodes the maker's pictures; None = the teacher's latents are kept.
+        sources: what is stored beside each record as the picture before an edit; None = nothing.
     """
 
     maker: Maker
@@ -43,6 +58,7 @@ class Job:
     batch: int
     dtype: str
     vae: str | None
+    sources: Sources | None = None
 
     def load_vae(self) -> Autoencoder | None:
         """The autoencoder, if it is not the teacher's. Raises: CheckpointError, ConfigError."""
@@ -71,6 +87,11 @@ class Job:
             "seed": self.seed,
             "dtype": self.dtype,
             "captions": content_key(*self.prompts),
+            "sources": self.sources
+            and {
+                "steps": self.sources.steps,
+                "captions": self.sources.prompts and content_key(*self.sources.prompts),
+            },
         }
 
     def plan(self, tflops: float) -> Plan:
@@ -81,22 +102,35 @@ class Job:
             size=self.maker.size,
             space=self.space(self.load_vae()),
             dtype=self.dtype,
-            flops=self.maker.flops(),
+            flops=self.maker.flops() + (self.maker.flops(self.sources.steps) if self.sources else 0.0),
             tflops=tflops,
+            tensors=2 if self.sources else 1,
         )
 
-    def latents(self, numbers: Sequence[int], vae: Autoencoder | None) -> Tensor:
-        """Latents `b c h w`, float32, of records."""
-        captions, seeds = [self.caption(n) for n in numbers], [self.noise_seed(n) for n in numbers]
+    def tensors(self, numbers: Sequence[int], vae: Autoencoder | None) -> list[dict[str, Tensor]]:
+        """Latents `c h w`, float32, of records, by their names."""
+        made = {RESULT: self._latents(numbers, vae, self.prompts, None)}
+        if self.sources:
+            prompts = self.sources.prompts or self.prompts
+            made[SOURCE] = self._latents(numbers, vae, prompts, self.sources.steps)
+        return [{name: tensor[i] for name, tensor in made.items()} for i in range(len(numbers))]
+
+    def _latents(
+        self, numbers: Sequence[int], vae: Autoencoder | None, prompts: Sequence[str], steps: int | None
+    ) -> Tensor:
+        captions, seeds = [_nth(prompts, n) for n in numbers], [self.noise_seed(n) for n in numbers]
         if vae is None:
-            return cast("Teacher", self.maker).latents(captions, seeds)
+            return cast("Teacher", self.maker).latents(captions, seeds, steps)
         with torch.inference_mode():
-            pictures = self.maker.pictures(captions, seeds, numbers)
+            pictures = self.maker.pictures(captions, seeds, numbers, steps)
             return torch.cat([vae.encode(picture[None]) for picture in pictures])
 
-    def caption(self, number: int) -> str:
-        """The caption of a record."""
-        return self.prompts[number % len(self.prompts)]
+    def captions(self, number: int) -> dict[str, str]:
+        """The caption of a record, and of its source if that has another."""
+        told = {"caption": _nth(self.prompts, number)}
+        if self.sources and self.sources.prompts:
+            told["source_caption"] = _nth(self.sources.prompts, number)
+        return told
 
     def noise_seed(self, number: int) -> int:
         """What the noise of a record is drawn from."""
@@ -123,22 +157,26 @@ def make_records(folder: Path, job: Job, stop: StopFlag) -> bool:
                     continue
                 if stop:
                     return False
-                latents = job.latents(numbers, vae)
+                made = job.tensors(numbers, vae)
                 for number in wanted:
-                    store.add(number, _record(job, number, latents[number - first], is_coupled=vae is None))
+                    store.add(number, _record(job, number, made[number - first], is_coupled=vae is None))
                 store.pack()
                 bar.update(len(wanted))
     return True
 
 
-def _record(job: Job, number: int, latents: Tensor, *, is_coupled: bool) -> Record:
-    kept = latents.to(DTYPES[job.dtype])
-    if not torch.isfinite(kept).all():
+def _nth(prompts: Sequence[str], number: int) -> str:
+    return prompts[number % len(prompts)]
+
+
+def _record(job: Job, number: int, tensors: Mapping[str, Tensor], *, is_coupled: bool) -> Record:
+    kept = {name: tensor.to(DTYPES[job.dtype]).clone() for name, tensor in tensors.items()}
+    facts: dict[str, Any] = dict(job.captions(number))
+    if not all(torch.isfinite(tensor).all() for tensor in kept.values()):
         raise RunError(
-            f"latents of record {number} ({job.caption(number)[:80]!r}) must be finite in {job.dtype}, got "
+            f"latents of record {number} ({facts['caption'][:80]!r}) must be finite in {job.dtype}, got "
             "others; store them with --dtype float32, or change --seed or the prompt"
         )
-    facts: Mapping[str, Any] = {"caption": job.caption(number)}
     if is_coupled:
-        facts = {**facts, "noise_seed": job.noise_seed(number), "noise_shape": list(latents.shape)}
-    return Record({"z0": kept.clone()}, facts)
+        facts |= {"noise_seed": job.noise_seed(number), "noise_shape": list(tensors[RESULT].shape)}
+    return Record(kept, facts)

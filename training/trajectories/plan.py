@@ -53,11 +53,12 @@ def make_plan(
     dtype: str,
     flops: float,
     tflops: float,
+    tensors: int = 1,
 ) -> Plan:
-    """The plan of `count` records; flops of one; tflops: 10^12 operations a second."""
+    """The plan of `count` records of so many tensors; flops of one; tflops: 10^12 operations a second."""
     width, height = size
     shape = (space.channels, height // space.downscale, width // space.downscale)
-    record_bytes = shape[0] * shape[1] * shape[2] * BYTES[dtype]
+    record_bytes = tensors * shape[0] * shape[1] * shape[2] * BYTES[dtype]
     return Plan(
         records=count,
         captions=captions,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcore.errors import ConfigError
 from flowcore.pipeline import Pipeline
+from flowcore.settings import Settings
 from flowcore.vae.latent_spec import LatentSpec
 from training.config import Data, Dataset
 from training.data.buckets import Bucket
@@ -40,7 +41,7 @@ class Request:
 class Maker(Protocol):
     """Captions to pictures.
 
-    size: width and height in pixels.
+    size: width and height in pixels. steps of its methods: other than those that were asked for.
     """
 
     size: tuple[int, int]
@@ -49,10 +50,12 @@ class Maker(Protocol):
     def facts(self) -> Mapping[str, Any]:
         """Where the pictures come from, JSON-like."""
 
-    def flops(self) -> float:
+    def flops(self, steps: int | None = None) -> float:
         """Floating-point operations that a picture costs, without encoders."""
 
-    def pictures(self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    def pictures(
+        self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], steps: int | None = None
+    ) -> Tensor:
         """Pictures `b 3 y x` in [-1, 1] for records of these numbers."""
 
 
@@ -63,7 +66,7 @@ class Teacher(Maker, Protocol):
     def space(self) -> LatentSpec:
         """The latent space."""
 
-    def latents(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def latents(self, captions: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Latents `b c h w`, float32, to which the noise of the seeds (`draw_start`) is led."""
 
 
@@ -96,24 +99,31 @@ class FlowTeacher:
             "schedule": f"{self.settings.solver}, shift {self.settings.shift}",
         }
 
-    def flops(self) -> float:
+    def flops(self, steps: int | None = None) -> float:
         """As `Maker`; counted in one step."""
         cell = self.space.downscale
         shape = (1, self.space.channels, self.size[1] // cell, self.size[0] // cell)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             velocity = self.pipeline.guided_velocity([""], self.settings)
             velocity(torch.zeros(shape, device=self.pipeline.device), torch.ones(1))
-        return float(counter.get_total_flops() * self.settings.num_steps)
+        return float(counter.get_total_flops() * self._settings(steps).num_steps)
 
-    def latents(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def latents(self, captions: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """As `Teacher`."""
-        return self.pipeline.sample(captions, seeds, self.settings)
+        return self.pipeline.sample(captions, seeds, self._settings(steps))
 
     @torch.inference_mode()
-    def pictures(self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    def pictures(
+        self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], steps: int | None = None
+    ) -> Tensor:
         """As `Maker`."""
         del numbers
-        return torch.cat([self.pipeline.vae.decode(one[None]) for one in self.latents(captions, seeds)])
+        return torch.cat(
+            [self.pipeline.vae.decode(one[None]) for one in self.latents(captions, seeds, steps)]
+        )
+
+    def _settings(self, steps: int | None) -> Settings:
+        return replace(self.settings, num_steps=steps) if steps else self.settings
 
 
 class ImageFolder:
@@ -129,12 +139,15 @@ class ImageFolder:
         contents = [f"{sample.key} {sha256(sample.path)}" for sample in self.samples]
         self.facts = {"teacher": str(folder), "revision": content_key(*contents, *self.captions)}
 
-    def flops(self) -> float:
+    def flops(self, steps: int | None = None) -> float:
         """As `Maker`: none."""
+        del steps
         return 0.0
 
-    def pictures(self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    def pictures(
+        self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], steps: int | None = None
+    ) -> Tensor:
         """As `Maker`."""
-        del captions, seeds
+        del captions, seeds, steps
         bucket = Bucket(*self.size)
         return torch.stack([load_image(self.samples[number].path, bucket) for number in numbers])

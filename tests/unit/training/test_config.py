@@ -32,7 +32,7 @@ checkpoint checkpoint.every_steps checkpoint.keep
 sampling sampling.every_steps sampling.prompts sampling.steps sampling.cfg sampling.seed sampling.size
 logging logging.every_steps logging.tensorboard logging.plots logging.data_order logging.export_batch
 model model.arch model.preset model.weights model.overrides
-datasets datasets.kind datasets.path datasets.caption_extension datasets.repeats datasets.composites
+datasets datasets.kind datasets.path datasets.caption_extension datasets.repeats datasets.edits
 buckets buckets.resolution buckets.multiple buckets.max_aspect
 encoders encoders.vae encoders.text
 data data.on_error data.missing_caption

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from flowcore.errors import ConfigError
 from flowcore.vae.latent_spec import LatentSpec
+from training.data.stored import StoredFiles
 from training.data.trajectories import draw_start, scan_trajectories
 from training.files import RunError
 from training.stop import StopFlag
 from training.trajectories import store
-from training.trajectories.making import Job, make_records
+from training.trajectories.making import Job, Sources, make_records
 
 SPACE = LatentSpec(name="tiny", channels=2, downscale=8, mean=(0.0, 0.0), std=(1.0, 1.0))
 PROMPTS = ["a", "b \u00e9", "c"]
 
 
 class FakeTeacher:
-    """Halves the noise."""
+    """Halves the noise, or divides it by other steps."""
 
     size, space = (16, 8), SPACE
     facts: Mapping[str, Any] = {"teacher": "fake", "steps": 1}
@@ -31,14 +32,16 @@ class FakeTeacher:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def flops(self) -> float:
-        return 8.0
+    def flops(self, steps: int | None = None) -> float:
+        return 2.0 * (steps or 4)
 
-    def latents(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def latents(self, captions: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         self.calls.append(list(captions))
-        return torch.stack([draw_start(seed, (2, 1, 2)) / 2 for seed in seeds])
+        return torch.stack([draw_start(seed, (2, 1, 2)) / (steps or 2) for seed in seeds])
 
-    def pictures(self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    def pictures(
+        self, captions: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], steps: int | None = None
+    ) -> Tensor:
         raise NotImplementedError
 
 
@@ -79,6 +82,27 @@ def test_records_are_what_the_teacher_made_of_their_noise(tmp_path: Path) -> Non
             (1, *record["noise_shape"]), generator=torch.Generator().manual_seed(record["noise_seed"])
         )[0]
         assert torch.equal(found, noise / 2)
+
+
+def test_sources_are_what_the_teacher_made_of_the_same_noise(tmp_path: Path) -> None:
+    teacher, sources = FakeTeacher(), Sources(steps=4, prompts=["d", "e", "f"])
+    assert make_records(tmp_path, job(maker=teacher, sources=sources), StopFlag())
+    assert teacher.calls == [["a", "b \u00e9"], ["d", "e"], ["c", "a"], ["f", "d"], ["b \u00e9"], ["e"]]
+    _, *records = map(json.loads, (tmp_path / "index.jsonl").read_text("utf-8").splitlines())
+    assert [record["source_caption"] for record in records] == ["d", "e", "f", "d", "e"]
+    for record in records:
+        tensors = load_file(tmp_path / record["shard"])
+        assert torch.equal(tensors[record["key"] + ".source_z0"], tensors[record["key"] + ".z0"] / 2)
+    kept = scan_trajectories(tmp_path, "datasets.0.path", StopFlag())
+    both = scan_trajectories(tmp_path, "datasets.0.path", StopFlag(), edits=True)
+    assert both[: len(kept)] == kept
+    assert [sample.is_edit for sample in both] == [False] * 5 + [True] * 5
+    files = StoredFiles()
+    for plain, edit in zip(kept, both[len(kept) :], strict=True):
+        assert (edit.caption, edit.key) == (plain.caption, f"{plain.key}.edit")
+        read = files.read(edit)
+        assert torch.equal(read["latents"], files.read(plain)["latents"])
+        assert torch.equal(read["source_latents"], read["latents"] / 2)
 
 
 def test_a_writer_killed_at_any_write_leaves_what_the_next_one_goes_on_from(
@@ -122,9 +146,9 @@ def test_a_writer_killed_at_any_write_leaves_what_the_next_one_goes_on_from(
 
 def test_a_stop_keeps_finished_batches_and_batches_do_not_depend_on_it(tmp_path: Path) -> None:
     class Stopping(FakeTeacher):
-        def latents(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        def latents(self, captions: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
             stop.requested = True
-            return super().latents(captions, seeds)
+            return super().latents(captions, seeds, steps)
 
     stop, teacher = StopFlag(), FakeTeacher()
     assert not make_records(tmp_path, job(maker=Stopping()), stop)
@@ -151,6 +175,7 @@ def test_more_records_are_added_to_a_finished_folder(tmp_path: Path) -> None:
         ({"seed": 2}, "holds trajectories with seed 1, got 2"),
         ({"dtype": "float16"}, 'holds trajectories with dtype "float32", got "float16"'),
         ({"prompts": ["a"]}, "holds trajectories with captions "),
+        ({"sources": Sources(steps=4, prompts=None)}, "holds trajectories with sources null, got "),
     ],
 )
 def test_a_folder_of_another_provenance_is_refused(
@@ -197,8 +222,8 @@ def test_a_damaged_shard_is_made_again(
 
 def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
     class Broken(FakeTeacher):
-        def latents(self, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-            return super().latents(captions, seeds) + 1e6
+        def latents(self, captions: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
+            return super().latents(captions, seeds, steps) + 1e6
 
     with pytest.raises(RunError, match=r"latents of record 0 \('a'\) must be finite in float16"):
         make_records(tmp_path, job(maker=Broken(), dtype="float16"), StopFlag())
@@ -209,3 +234,5 @@ def test_a_plan_is_arithmetic() -> None:
     assert plan.latents == (2, 1, 2)
     assert (plan.record_bytes, plan.total_bytes, plan.captions) == (8, 4800, 3)
     assert plan.hours == pytest.approx(600 * 8 / 2000 / 3600)
+    plan = job(count=600, dtype="float16", sources=Sources(steps=1, prompts=None)).plan(tflops=2e-9)
+    assert (plan.record_bytes, plan.record_flops) == (16, 8 + 2)

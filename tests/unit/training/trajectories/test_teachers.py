@@ -182,7 +182,7 @@ def test_an_exo_learns_edits_from_composites(tmp_path: Path) -> None:
     assert make(tmp_path, "--teacher", str(file), "--count", "3", "--steps", "1", *size) == 0
     sections: dict[str, Any] = {
         "model": {"arch": "exo"},
-        "datasets": [{"kind": "trajectories", "path": str(tmp_path / "out"), "composites": True}],
+        "datasets": [{"kind": "trajectories", "path": str(tmp_path / "out"), "edits": True}],
         "encoders": {"vae": str(tmp_path / tiny_exo.VAE)},
         "train": {"steps": 4, "batch_size": 3, "exo": {"iterations": [1, 1]}},
     }
@@ -213,17 +213,62 @@ def test_an_exo_learns_edits_from_composites(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "runs" / "run")) == 5
 
 
+@pytest.mark.parametrize("kind", ["klein", "project"])
+def test_an_exo_learns_edits_that_refine_what_fewer_steps_made(
+    kind: str, klein: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, size = tiny_exo.write_parts(tmp_path), ["--width", "64", "--height", "64"]
+    teacher = [str(klein), "--vae", str(tmp_path / tiny_exo.VAE)] if kind == "klein" else [str(file)]
+    options = ["--count", "3", "--steps", "2", "--source-steps", "1", "--dtype", "float32", *size]
+    assert make(tmp_path, "--teacher", *teacher, *options) == 0
+    header, lines, latents = records(tmp_path)
+    assert header["sources"] == {"steps": 1, "captions": None}
+    found = load_file(tmp_path / "out" / lines[0]["shard"])
+    sources = torch.stack([found[line["key"] + ".source_z0"] for line in lines])
+    assert not torch.allclose(sources, torch.stack(latents), atol=1e-3)
+    if kind == "project":
+        seeds, settings = (
+            [line["noise_seed"] for line in lines],
+            ExoSettings(num_steps=1, width=64, height=64),
+        )
+        assert torch.equal(sources, Pipeline.from_files(file).sample(PROMPTS, seeds, settings))
+    path = write_config(
+        tmp_path,
+        model={"arch": "exo"},
+        datasets=[{"kind": "trajectories", "path": str(tmp_path / "out"), "edits": True}],
+        encoders={"vae": str(tmp_path / tiny_exo.VAE)},
+        train={"steps": 4, "batch_size": 3, "exo": {"iterations": [1, 1]}},
+    )
+    capsys.readouterr()
+    assert run(path) == 0
+    assert len(metrics(tmp_path / "runs" / "run")) == 5
+
+
+def test_sources_of_other_captions_have_the_noise_of_the_record(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "before.txt").write_text("a cab\nred bee\na bee\n", encoding="utf-8")
+    options = ["--count", "3", "--steps", "2", "--guidance", "1", "--dtype", "float32", "--batch", "3"]
+    before = ["--source-prompts", str(tmp_path / "before.txt")]
+    assert make(tmp_path, "--teacher", str(parts), *options, *before) == 0
+    _, lines, _ = records(tmp_path)
+    assert [line["source_caption"] for line in lines] == ["a cab", "red bee", "a bee"]
+    found = load_file(tmp_path / "out" / lines[0]["shard"])
+    sources = torch.stack([found[line["key"] + ".source_z0"] for line in lines])
+    settings, seeds = Settings(num_steps=2, cfg_scale=1.0), [line["noise_seed"] for line in lines]
+    expected = Pipeline.from_files(parts).sample(["a cab", "red bee", "a bee"], seeds, settings)
+    assert torch.equal(sources, expected)
+
+
 def test_composites_need_two_records_and_trajectories(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_exo.write_parts(tmp_path)
     assert make(tmp_path, "--teacher", str(file), "--count", "1", "--steps", "1") == 0
-    dataset = {"kind": "trajectories", "path": str(tmp_path / "out"), "composites": True}
+    dataset = {"kind": "trajectories", "path": str(tmp_path / "out"), "edits": True}
     capsys.readouterr()
     assert run(write_config(tmp_path, datasets=[dataset])) == 2
-    assert "composites must have shards of two records or more" in error_line(capsys)
+    assert "edits must have shards of two records or more" in error_line(capsys)
     assert run(write_config(tmp_path, datasets=[{**dataset, "kind": "folder"}])) == 2
-    assert "composites must be false for kind folder, got true; set kind: trajectories" in error_line(capsys)
+    assert "edits must be false for kind folder, got true; set kind: trajectories" in error_line(capsys)
 
 
 def test_training_on_latents_of_another_space_is_refused(
@@ -284,12 +329,21 @@ def test_few_captions_are_warned_of(parts: Path, tmp_path: Path, capsys: pytest.
         (["--teacher", "hub:x"], "--teacher must be hub:OWNER/NAME"),
         (["--teacher", "FLUX", "--json"], "--json must come with --dry-run"),
         (["--images", "x"], "--images must come with --vae"),
+        (["--images", "x", "--vae", "v", "--source-steps", "1"], "--images must come without --source-steps"),
+        (["--teacher", "FLUX", "--source-steps", "0"], "--source-steps must be above 0, got 0"),
+        (
+            ["--teacher", "FLUX", *SIZE, "--source-steps", "2"],
+            "--source-steps must be below --steps 2, got 2",
+        ),
+        (["--teacher", "FLUX", *SIZE, "--source-prompts", "ONE"], "as the file of --prompts, 3, got 1 in"),
     ],
 )
 def test_wrong_options_are_one_line(
     arguments: list[str], message: str, flux1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert make(tmp_path, *(str(flux1) if part == "FLUX" else part for part in arguments)) == 2
+    files = {"FLUX": flux1, "ONE": tmp_path / "one.txt"}
+    files["ONE"].write_text("a bee\n", encoding="utf-8")
+    assert make(tmp_path, *(str(files.get(part, part)) for part in arguments)) == 2
     assert message in error_line(capsys)
     assert not (tmp_path / "out").exists()
 
