@@ -8,6 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
+    AliasChoices,
     Field,
     ValidationError,
     field_validator,
@@ -73,14 +74,15 @@ class Dataset(Strict):
 
     kind: `trajectories` are made by `training.trajectories`; `latents` are safetensors files, one a sample,
     with the tensors of `batch.safetensors` without the batch axis. edits: beside each trajectory an edit,
-    whose source is the one that is stored with it, else has a rectangle of another one's latents in it.
+    whose source is the one that is stored with it, else has a rectangle of another one's latents in it;
+    read as composites, too, its name before.
     """
 
     kind: Literal["folder", "trajectories", "latents"] = "folder"
     path: str
     caption_extension: str = Field(".txt", pattern=r"^\.\w+$")
     repeats: int = Field(1, ge=1)
-    edits: bool = False
+    edits: bool = Field(False, validation_alias=AliasChoices("edits", "composites"))
 
     @model_validator(mode="after")
     def _edits_trajectories(self) -> Dataset:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from flowcore.models.exo import PRESETS, Exo, PrefixState
 from flowcore.models.exo.trunk import build_trunk
 from flowcore.vae.network import build_autoencoder
 from tests.bench.cases import IMAGE, IMAGE_GUIDED, Case
+from tests.bench.measure import count_gflop
 from tests.bench.running import Row
 
 STEPS, ITERATIONS, GUIDANCE, SHIFT = 20, 4, 4.0, 3.0
@@ -90,8 +92,17 @@ def _both(work: Work, card: Card) -> str:
     return f"{roofline(work, card):8.3g}{likely:8.3g}"
 
 
-def image_work(case: Case, device: str) -> Callable[[], object]:
-    """A call that makes a picture: the prompt is read, 20 steps of 4 refinements, the autoencoder decodes."""
+def image_gflop(work: Callable[[int], object]) -> float:
+    """10^9 operations of a picture by `image_work`, from two short ones: counting all steps takes minutes."""
+    first, second = (count_gflop(partial(work, steps)) for steps in (1, 2))
+    return first + (STEPS - 1) * (second - first)
+
+
+def image_work(case: Case, device: str) -> Callable[..., object]:
+    """A call that makes a picture: the prompt is read, 20 steps of 4 refinements, the autoencoder decodes.
+
+    It takes other numbers of steps.
+    """
     dtype, config = getattr(torch, case.dtype), PRESETS[case.preset]
     torch.manual_seed(0)
     model = Exo(config, device=device, dtype=dtype).eval()
@@ -107,7 +118,7 @@ def image_work(case: Case, device: str) -> Callable[[], object]:
         return model.step(x.to(dtype), sigma, prefix, iterations=ITERATIONS).velocity
 
     @torch.inference_mode()
-    def run() -> object:
+    def run(steps: int = STEPS) -> object:
         both = model.encode(texts, size=(case.shape[0], case.shape[1]), dtype=dtype)
 
         def pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +126,7 @@ def image_work(case: Case, device: str) -> Callable[[], object]:
             return first, second
 
         guided = guided_pair(pair, lambda x, sigma: velocity(x, sigma, both.rows(0, case.batch)), scale)
-        latents = euler(guided, noise, sigma_grid(STEPS, SHIFT))
+        latents = euler(guided, noise, sigma_grid(steps, SHIFT))
         return autoencoder.decode(latents).sample
 
     return run

@@ -8,7 +8,7 @@ import torch
 from flowcore.models.exo import Exo
 from tests.bench import exo_image
 from tests.bench.cases import FORWARD, IMAGE, IMAGE_GUIDED, IMAGES, Case
-from tests.bench.exo_image import CARDS, Work, image_work, notes, roofline, work_of_row
+from tests.bench.exo_image import CARDS, Work, image_gflop, image_work, notes, roofline, work_of_row
 from tests.bench.measure import count_gflop
 from tests.bench.running import Row, measure
 
@@ -54,12 +54,14 @@ def test_a_small_picture(monkeypatch: pytest.MonkeyPatch, what: str, rows: int) 
         return step(self, z, *arguments, **options)
 
     monkeypatch.setattr(Exo, "step", counted)
-    monkeypatch.setattr(exo_image, "STEPS", 3)
+    monkeypatch.setattr(exo_image, "STEPS", 5)
     work = image_work(replace(TINY, what=what), "cpu")
     images: list[object] = []
-    assert count_gflop(lambda: images.append(work())) > 0
+    counted_in_full = count_gflop(lambda: images.append(work(5)))
     assert images[0].shape == (1, 3, 32, 48)
-    assert sizes == [(rows, 4)] * 3
+    assert sizes == [(rows, 4)] * 5
+    assert image_gflop(work) == pytest.approx(counted_in_full, rel=1e-9)
+    assert len(sizes) == 5 + 1 + 2
 
 
 def test_what_is_said_of_a_row() -> None:

@@ -20,7 +20,7 @@ from flowcore.flow.guidance import guided_pair
 from flowcore.flow.schedule import sigma_grid
 from flowcore.flow.solvers import euler
 from tests.bench.cases import BACKWARD, FORWARD, IMAGE, IMAGE_GUIDED, KEPT, LAYERS, LOAD, SAMPLE, Job
-from tests.bench.exo_image import image_work
+from tests.bench.exo_image import image_gflop, image_work
 from tests.bench.exo_layer import layer_work
 from tests.bench.exo_speed import speed_work
 from tests.bench.measure import count_gflop, peak_mib, reset_peak, square_product, timed
@@ -116,7 +116,8 @@ def serve(job: Job, answer: Callable[[dict[str, Any]], None]) -> None:
         work = work_of(job, Path(folder))
         gc.collect()
         reset_peak(job.device)
-        gflop = count_gflop(work)  # the first of the calls to warm up
+        # the first of the calls to warm up
+        gflop = image_gflop(work) if job.case.what in (IMAGE, IMAGE_GUIDED) else count_gflop(work)
         work()
         products()
         answer({"gflop": gflop})

@@ -7,7 +7,7 @@ import yaml
 
 from flowcore.errors import ConfigError
 from tests.unit.training.workspace import run_table
-from training.config import LoopConfig, PartConfig, RunConfig, load_config
+from training.config import Dataset, LoopConfig, PartConfig, RunConfig, load_config
 from training.config_file import key_paths
 
 # Keys are public: a line is added here together with a key, and none is taken away.
@@ -382,3 +382,8 @@ def test_a_run_must_have_a_length(tmp_path: Path) -> None:
         ConfigError, match=r"train\.steps must tell the length of this run, got epochs or stages"
     ):
         load_config(PartConfig, part, [])
+
+
+def test_edits_of_trajectories_are_read_by_their_name_before() -> None:
+    for name in ("edits", "composites"):
+        assert Dataset.model_validate({"kind": "trajectories", "path": "out", name: True}).edits
