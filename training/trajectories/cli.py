@@ -121,8 +121,9 @@ def _job(arguments: argparse.Namespace) -> Job:
         dtype=arguments.teacher_dtype,
     )
     if arguments.images is None:
-        maker: Maker = _teacher(arguments, request)
         prompts, count = read_prompts(arguments.prompts), arguments.count or COUNT
+        sources = _sources(arguments, len(prompts))
+        maker: Maker = _teacher(arguments, request)
     else:
         if arguments.prompts or not arguments.vae:
             raise ConfigError(
@@ -132,6 +133,7 @@ def _job(arguments: argparse.Namespace) -> Job:
             raise ConfigError(
                 "--images must come without --source-steps and --source-prompts, for no teacher makes them"
             )
+        sources = None
         maker = images = ImageFolder(arguments.images, request)
         prompts, count = images.captions, arguments.count or len(images.captions)
         if count > len(prompts):
@@ -144,7 +146,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         batch=arguments.batch,
         dtype=arguments.dtype,
         vae=arguments.vae,
-        sources=_sources(arguments, len(prompts)),
+        sources=sources,
     )
 
 
