@@ -90,16 +90,18 @@ def _read_sample(path: Path, root: Path, extension: str, data: Data) -> Sample:
 
 
 def _read_target(path: Path) -> str | None:
-    """What the image shows, the `target` of `NAME.json`; None without that."""
+    """What the image shows: of `NAME.json` the `answer`, else the `target`; None without both."""
     facts = path.with_suffix(".json")
     try:
-        target = json.loads(facts.read_text(encoding="utf-8")).get("target")
+        stated = json.loads(facts.read_text(encoding="utf-8"))
+        name = "answer" if stated.get("answer") is not None else "target"
+        target = stated.get(name)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as err:
         raise SampleError(facts, f"must be readable JSON, an object, got {err}") from err
     if target is not None and not isinstance(target, str):
-        raise SampleError(facts, f"target must be a text, got {target!r}")
+        raise SampleError(facts, f"{name} must be a text, got {target!r}")
     return target
 
 

@@ -100,11 +100,14 @@ def caption_scene(scene: Scene, rng: np.random.Generator, *, is_complete: bool =
     return " ".join(filled.split())
 
 
-def plain_caption(scene: Scene) -> str:
-    """The one complete caption of all scenes of a meaning; of two objects the left or upper is first."""
+def plain_caption(scene: Scene, *, names_place: bool = True) -> str:
+    """The one complete caption of all scenes of a meaning; of two objects the left or upper is first.
+
+    names_place: also where an object is that is alone.
+    """
     objects = [_object_phrase(item, item.size) for item in scene.objects]
     content = f" {scene.relation} ".join(objects)
-    if not scene.relation:
+    if names_place and not scene.relation:
         content += f" {_POSITION_PHRASES[scene.objects[0].position or 'center'][0]}"
     return f"{content} on {_ground_phrase(scene)}"
 

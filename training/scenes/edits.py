@@ -52,7 +52,7 @@ class Edit:
     Attributes:
         kind: One of `KINDS`.
         instruction: What is to change, which says all that the target needs beside the source.
-        caption: Plain caption of the target, for a model that answers in words: nothing in it is chance.
+        caption: Plain caption of the target: nothing in it is chance.
     """
 
     kind: str
@@ -60,6 +60,15 @@ class Edit:
     target: Scene
     instruction: str
     caption: str
+
+    @property
+    def answer(self) -> str:
+        """The caption as a model says it that answers in words.
+
+        It leaves out where the object is that is left of two: not in one of the places that have names, so
+        the name of the nearest is a guess, and the source shows it.
+        """
+        return plain_caption(self.target, names_place=self.kind != "remove")
 
 
 @dataclass(frozen=True, slots=True)

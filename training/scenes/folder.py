@@ -73,7 +73,7 @@ def write_edits(
     """Write edits into folder, with a progress bar on stderr.
 
     `edit-000000.png` is the target, `.source.png` the source, `.txt` what is asked for, and `.json` holds the
-    kind of the edit, its instruction and the target's plain caption.
+    kind of the edit, its instruction, the target's plain caption and what a model is to say of it.
 
     Raises:
         SceneError: If a number is out of range, or the folder holds files and is_forced is not set.
@@ -86,7 +86,12 @@ def write_edits(
     ):
         path = folder / f"edit-{index:06d}.png"
         draw(edit.source, size).save(path.with_suffix(SOURCE_ENDING))
-        facts = {"kind": edit.kind, "instruction": edit.instruction, "target": edit.caption}
+        facts = {
+            "kind": edit.kind,
+            "instruction": edit.instruction,
+            "target": edit.caption,
+            "answer": edit.answer,
+        }
         path.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8", newline="\n")
         _write(path, draw(edit.target, size), text)
 

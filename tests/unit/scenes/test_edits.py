@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from training.scenes import (
     is_held_out,
     iterate_edits,
     judge,
+    parse_caption,
     random_edit,
     write_edits,
 )
@@ -125,7 +127,22 @@ def test_folder_of_edits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     edit, text = next(iterate_edits(1, 2))
     assert (tmp_path / "a" / "edit-000000.txt").read_text() == text + "\n"
     facts = json.loads((tmp_path / "a" / "edit-000000.json").read_text())
-    assert facts == {"kind": edit.kind, "instruction": edit.instruction, "target": edit.caption}
+    assert facts == {
+        "kind": edit.kind,
+        "instruction": edit.instruction,
+        "target": edit.caption,
+        "answer": edit.answer,
+    }
+
+
+def test_the_answer_is_the_caption_but_for_the_place_of_what_is_left_of_two() -> None:
+    for edit in EDITS:
+        said, meant = parse_caption(edit.answer), parse_caption(edit.caption)
+        if edit.kind != "remove":
+            assert edit.answer == edit.caption
+            continue
+        assert meant.objects[0].position
+        assert said == replace(meant, objects=(replace(meant.objects[0], position=None),))
 
 
 def test_judge_reads_the_target_caption_of_edits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def test_a_source_picture_belongs_to_the_image_of_its_name(tmp_path: Path) -> No
     (tmp_path / "02.png").rename(tmp_path / "01.webp")
     (tmp_path / "02.txt").unlink()
     for number in (0, 1):
-        (tmp_path / f"0{number}.json").write_text('{"target": "a red circle"}', encoding="utf-8")
+        facts = '{"target": "a red circle at the top", "answer": "a red circle"}'
+        (tmp_path / f"0{number}.json").write_text(facts, encoding="utf-8")
     samples, _ = scan_one(tmp_path)
     assert [(sample.key, sample.caption, sample.source, sample.target) for sample in samples] == [
         ("00.png", "picture 0", None, None),
