@@ -14,7 +14,7 @@ from training.stop import StopFlag
 
 CONFIGS = Path(__file__).parent / "configs"
 ARCHITECTURES = tuple(sorted(p.stem.removesuffix("_demo") for p in CONFIGS.glob("*_demo.yaml")))
-TRAIN_COUNT, HELD_OUT_COUNT = 8000, 256
+TRAIN_COUNT, EDIT_COUNT, HELD_OUT_COUNT = 8000, 20000, 256
 SHORT_MINUTES = 30
 """Shorter runs draw half of the scenes, and their models learn from those with one object alone."""
 
@@ -47,7 +47,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     count = TRAIN_COUNT // 2 if is_short else TRAIN_COUNT
     write_scenes(out / "scenes", count)
     if arguments.part == "model" and arguments.arch == "exo":
-        write_pairs(out / "scenes" / "edits", count)
+        write_pairs(out / "scenes" / "edits", EDIT_COUNT // 2 if is_short else EDIT_COUNT)
     from training import demo_parts
 
     make = getattr(demo_parts, f"make_{arguments.part}")
