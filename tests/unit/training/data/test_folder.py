@@ -113,6 +113,10 @@ def make_target_a_number(folder: Path) -> Path:
     return make_facts(folder, '{"target": 1}')
 
 
+def make_answer_a_number(folder: Path) -> Path:
+    return make_facts(folder, '{"target": "a red circle", "answer": 1}')
+
+
 def make_facts(folder: Path, text: str) -> Path:
     """Beside an edit."""
     shutil.copy(folder / "01.png", folder / "00.source.png")
@@ -164,6 +168,7 @@ FAULTS = [
     (make_facts_broken, "must be readable JSON, an object, got "),
     (make_facts_a_list, "must be readable JSON, an object, got "),
     (make_target_a_number, "target must be a text, got 1"),
+    (make_answer_a_number, "answer must be a text, got 1"),
     (make_empty, "image must decode, got cannot identify image file"),
     (make_text, "image must decode"),
     (make_cut_header, "image must decode"),
