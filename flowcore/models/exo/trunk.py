@@ -92,6 +92,7 @@ def build_trunk(
     AttentionInterface.register(_ATTENTION, _attend_pictures)
     tower: Any = trunk.get_submodule("visual")
     tower.config._attn_implementation = _ATTENTION
+    tower.patch_embed = _PatchEmbed(tower.patch_embed.proj)
     for name, module in list(trunk.named_modules()):
         if "rotary" in name.rsplit(".", 1)[-1]:
             table: Any = module
@@ -99,6 +100,22 @@ def build_trunk(
     if device is not None and torch.device(device).type != "meta":
         trunk.to(device)
     return trunk
+
+
+class _PatchEmbed(nn.Module):
+    """The vision tower's patch embedding, a convolution whose windows are the patches, as a matrix product.
+
+    Backward through the convolution is half the time of a small tower's training step on a CPU.
+    """
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return `n d` of patches `n k`."""
+        weight = cast("Tensor", self.proj.weight)
+        return functional.linear(patches.to(weight.dtype), weight.flatten(1), cast("Tensor", self.proj.bias))
 
 
 @contextlib.contextmanager

@@ -156,6 +156,16 @@ def test_the_towers_attention_is_the_librarys_but_for_half_precision() -> None:
     assert 0 < errors[0] < errors[1]
 
 
+def test_the_towers_patch_embedding_is_the_librarys() -> None:
+    library = pytest.importorskip("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    tower = build_trunk(TRUNKS["demo-fine"]).visual
+    stock = library.Qwen3VLVisionPatchEmbed(tower.config)
+    stock.load_state_dict(tower.patch_embed.state_dict())
+    patches = torch.randn(24, stock.proj.weight[0].numel())
+    with torch.no_grad():
+        assert_close(tower.patch_embed(patches), stock(patches), limit=FORWARD_LIMIT)
+
+
 def test_moved_picture_moves_features() -> None:
     """32 pixels to the right are one visual token: the projector's features follow, away from the border."""
     torch.manual_seed(0)
