@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SEED = 2026
 BATCH = 50
 EDIT_COLUMNS = {
+    "said right": ("said_right", "{:.1f}"),
     "mask IoU": ("mask_iou", "{:.3f}"),
     "pixel IoU": ("pixel_iou", "{:.3f}"),
     "of true cells": ("pixel_iou_of_cells", "{:.3f}"),

@@ -21,6 +21,7 @@ from flowcore.errors import ConfigError
 from flowcore.exo.masks import on_pixels
 from flowcore.images import image_to_tensor, tensor_to_images
 from flowcore.models.exo.labels import changed_cells
+from flowcore.text.qwen3_vl import last_line
 from training.data.sample import SOURCE_ENDING
 from training.scenes import Edit, Verdict, accuracy, draw, iterate_edits, judge
 
@@ -139,8 +140,9 @@ def measure_edits(
     mask_iou, pixel_iou: overlap of the mask with the cells whose latents change, and with the pixels that
     change; pixel_iou_of_cells: the latter for a mask of the true cells. kept_psnr: dB between result and
     source in the cells that the mask leaves alone; unchanged_psnr: in the cells that do not change; vae_psnr:
-    the same for the source after the autoencoder. accuracy: what the judge finds right of the target, `all`
-    being success. seconds_per_image: with the reading of prompts and pictures, for every setting.
+    the same for the source after the autoencoder. said_right: percent of the requests that the model rewrites
+    as the edit's answer has it, None if it rewrites none. accuracy: what the judge finds right of the target,
+    `all` being success. seconds_per_image: with the reading of prompts and pictures, for every setting.
 
     Args:
         pipeline: a model with its parts.
@@ -178,7 +180,7 @@ def _side(pipeline: ExoPipeline) -> int:
 def compare_edit(truth: Truth, result: Image.Image, info: ExoInfo) -> dict[str, float | None]:
     """Overlaps and qualities of one edit, by the names of `measure_edits`."""
     shown, before = pixels_of(result), pixels_of(truth.source)
-    marked = info.on_pixels(mode="nearest")[0].numpy() >= MARKED
+    marked, asked = info.on_pixels(mode="nearest")[0].numpy() >= MARKED, truth.edit.instruction
     return {
         "mask_iou": overlap(info.mask >= MARKED, truth.cells),
         "pixel_iou": overlap(marked, truth.changed),
@@ -186,6 +188,7 @@ def compare_edit(truth: Truth, result: Image.Image, info: ExoInfo) -> dict[str, 
         "kept_psnr": psnr_where(shown, before, ~marked),
         "unchanged_psnr": psnr_where(shown, before, ~truth.on_pixels),
         "vae_psnr": truth.vae_psnr,
+        "said_right": None if info.prompt == asked else 100.0 * (info.prompt == last_line(truth.edit.answer)),
     }
 
 

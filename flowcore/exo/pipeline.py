@@ -28,7 +28,7 @@ from ..ops import Runtime
 from ..parts import Source, load_model_vae
 from ..pipeline import Pipeline
 from ..settings import Settings, check_request, whole_size
-from ..text.qwen3_vl import END, PromptReader
+from ..text.qwen3_vl import END, PromptReader, last_line
 from ..vae.tiling import tiling_of
 from ..weights.checkpoint import LoadedModel
 from .facts import trained_iterations
@@ -135,6 +135,7 @@ class ExoPipeline(Pipeline):
     def rewrite(self, prompts: Sequence[str], images: Tensor) -> list[str]:
         """Return what pictures show after what each prompt asks of them, in the trunk's own words.
 
+        It may first say other things, a line each, such as what they show now; the last line counts.
         Shapes: images `b 3 y x` in [-1, 1]. An empty prompt asks for nothing and stays, as does one to which
         the trunk has nothing to say.
         Raises: ConfigError for a model that does not rewrite.
@@ -338,13 +339,13 @@ class ExoPipeline(Pipeline):
 
     @torch.inference_mode()
     def _answers(self, told: Conditioning, rows: list[int]) -> list[str]:
-        """Return what the trunk says to some of the prompts."""
+        """Return what the trunk's answers to some of the prompts come to."""
         (ids, mask, extras), reader = prompt_rows(told, rows), self.text_encoder.tokenizer
         with self._seeing(extras):
             said = self.exo.answer(
                 ids, mask, end=reader.ids(END)[0], most=MOST_SAID, runtime=self.runtime, **extras
             )
-        return [reader.text(row) for row in said]
+        return [last_line(reader.text(row)) for row in said]
 
     def _seeing(self, extras: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Have the vision tower on the device if there are pictures to look at."""

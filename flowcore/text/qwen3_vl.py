@@ -226,6 +226,11 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     return tokenizer.ids(answer + END)
 
 
+def last_line(answer: str) -> str:
+    """Return what an answer comes to: its last line, after those in which a model works it out."""
+    return answer.strip().rpartition("\n")[2].strip()
+
+
 def to_patches(images: Tensor, patch: int = 16) -> tuple[Tensor, Tensor]:
     """Return patches `b n k` of pictures `b 3 h w` in [-1, 1], and their grids `b 3`.
 

@@ -86,23 +86,23 @@ def _read_sample(path: Path, root: Path, extension: str, data: Data) -> Sample:
     if not source.is_file():
         return Sample(path.relative_to(root).as_posix(), path, caption, width, height)
     image_size(source)
-    return Sample(path.relative_to(root).as_posix(), path, caption, width, height, source, _read_target(path))
+    return Sample(path.relative_to(root).as_posix(), path, caption, width, height, source, _read_answer(path))
 
 
-def _read_target(path: Path) -> str | None:
-    """What the image shows: of `NAME.json` the `answer`, else the `target`; None without both."""
+def _read_answer(path: Path) -> str | None:
+    """What a model is to say: of `NAME.json` the `answer`, else the `target`; None without both."""
     facts = path.with_suffix(".json")
     try:
         stated = json.loads(facts.read_text(encoding="utf-8"))
         name = "answer" if stated.get("answer") is not None else "target"
-        target = stated.get(name)
+        answer = stated.get(name)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as err:
         raise SampleError(facts, f"must be readable JSON, an object, got {err}") from err
-    if target is not None and not isinstance(target, str):
-        raise SampleError(facts, f"{name} must be a text, got {target!r}")
-    return target
+    if answer is not None and not isinstance(answer, str):
+        raise SampleError(facts, f"{name} must be a text, got {answer!r}")
+    return answer
 
 
 def _read_caption(path: Path, extension: str, data: Data) -> str:

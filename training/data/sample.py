@@ -56,7 +56,8 @@ class Sample:
     """One image file with its caption; `key` is the path relative to its dataset, sizes are in pixels.
 
     source: the picture before the edit that the caption asks for, None where the caption describes the image.
-    target: what the image of an edit shows, in words, None where that is not known.
+    answer: what a model is to say of an edit, None where that is not known; the last line says what the image
+    shows.
     stored: the latents in the file, if it is none of an image.
     """
 
@@ -66,7 +67,7 @@ class Sample:
     width: int
     height: int
     source: Path | None = None
-    target: str | None = None
+    answer: str | None = None
     stored: Stored | None = None
 
     @property

@@ -20,7 +20,7 @@ from flowcore.models import Architecture
 from flowcore.models.exo import Exo, PrefixState, StepResult
 from flowcore.models.exo.grids import memory_grid, on_grid
 from flowcore.models.exo.trunk import Picture, look
-from flowcore.text.qwen3_vl import PromptReader, answer_ids
+from flowcore.text.qwen3_vl import PromptReader, answer_ids, last_line
 from training.data.buckets import Bucket
 from training.data.encoded import EncodedSamples
 from training.data.images import load_image
@@ -254,8 +254,8 @@ class ExoObjective(FlowMatchingObjective):
         return functional.mse_loss(self.exo.projector.latents(features).float(), latents)
 
     def _language_loss(self, draw: Draw) -> Tensor:
-        """Words of the captions from the states that the diffusion head reads."""
-        told = self.chat.read(draw.captions).to(self.device)
+        """Words of captions and answers from the states that the diffusion head reads; no picture is seen."""
+        told = self.chat.read(draw.captions, answers=self._answers(draw)).to(self.device)
         assert told.context is not None
         assert told.context_mask is not None
         assert self.heads is not None
@@ -276,7 +276,8 @@ class ExoObjective(FlowMatchingObjective):
 
     def _words_loss(self, draw: Draw) -> tuple[Tensor, Picture | None]:
         """Cross-entropy of the words for what edits show, after source and request, and what is seen."""
-        answers = [self._shown(number) for number in draw.numbers]
+        answers = self._answers(draw)
+        assert answers is not None
         asked = [self.data.samples[number].caption for number in draw.numbers]
         told = self.chat.read(asked, self._sources(draw.numbers), answers=answers).to(self.device)
         assert told.context is not None
@@ -289,17 +290,23 @@ class ExoObjective(FlowMatchingObjective):
         table = self.exo.get_parameter("trunk.language_model.embed_tokens.weight")
         return next_loss(reading.passed.hidden, table, ids, is_said), reading.picture
 
+    def _answers(self, draw: Draw) -> list[str] | None:
+        """What the model is to say, None of samples of which it says nothing."""
+        samples = [self.data.samples[number] for number in draw.numbers]
+        answers = [sample.answer for sample in samples if sample.answer is not None]
+        return answers if self.exo.config.rewrites and len(answers) == len(samples) else None
+
     def _shown(self, number: int) -> str:
-        """What a sample's image shows: its caption, of edits that the model rewrites what it would say."""
+        """What a sample's image shows: its caption, or what the answer comes to if the model gives one."""
         sample = self.data.samples[number]
-        if sample.target is None or not self.exo.config.rewrites:
+        if sample.answer is None or not self.exo.config.rewrites:
             return sample.caption
-        return sample.target
+        return last_line(sample.answer)
 
     def _words_of(self, number: int) -> list[int]:
         """Token ids of what is said of a sample's image; none of an edit's that is not described."""
         sample = self.data.samples[number]
-        told = sample.target or "" if sample.is_edit else sample.caption
+        told = last_line(sample.answer or "") if sample.is_edit else sample.caption
         return self.chat.tokenizer.ids(told)
 
     def _check_edits(self, recipes: Sequence[Recipe]) -> None:
@@ -313,7 +320,7 @@ class ExoObjective(FlowMatchingObjective):
                 continue
             if not self.exo.config.rewrites:
                 raise ConfigError("train.exo must not learn to rewrite, got a model with rewrites: false")
-            untold = next((sample.path for sample in edits if sample.target is None), None)
+            untold = next((sample.path for sample in edits if sample.answer is None), None)
             if untold is not None:
                 raise ConfigError(
                     f"train.exo must not learn to rewrite from {untold}, which is not described; add its "

@@ -27,6 +27,8 @@ from .scene import (
 from .see import position_of
 
 KINDS = ("color", "background", "shape", "size", "position", "remove")
+_LEARNED = (*KINDS, "color", "remove", "remove")
+"""Kinds to learn from: more of those that are hardest to say, and of removals, which need two objects."""
 
 _TEMPLATES = {
     "color": ("make {object} {value}", "turn {object} {value}", "paint {object} {value}"),
@@ -40,7 +42,7 @@ _TEMPLATES = {
     "position": ("move {object} to the {value}", "put {object} at the {value}"),
     "remove": ("remove {object}", "delete {object}", "erase {object}"),
 }
-_CAPTION_SHARE = 0.25
+_CAPTION_SHARE = 0.1
 _COLOR_SHARE = 0.5
 _STREAM = 0xED17
 
@@ -63,12 +65,14 @@ class Edit:
 
     @property
     def answer(self) -> str:
-        """The caption as a model says it that answers in words.
+        """What a model says that answers in words: a line for what the source shows, one for the target.
 
-        It leaves out where the object is that is left of two: not in one of the places that have names, so
-        the name of the nearest is a guess, and the source shows it.
+        So it looks first, and then has the object in words that it is asked to change. The last line leaves
+        out where the object is that is left of two: not in one of the places that have names, so the name of
+        the nearest is a guess, and the source shows it.
         """
-        return plain_caption(self.target, names_place=self.kind != "remove")
+        target = plain_caption(self.target, names_place=self.kind != "remove")
+        return f"{plain_caption(self.source)}\n{target}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +89,17 @@ def random_edit(rng: np.random.Generator, objects: ObjectCount = "mixed", *, spl
     Args:
         rng: Source of all randomness.
         objects: Objects of the source.
-        split: `train` draws edits whose source and target are no held-out meanings, `test` those with a
-            held-out target.
+        split: `train` draws edits whose source and target are no held-out meanings, the harder kinds more
+            often; `test` those with a held-out target.
 
     Raises:
         SceneError: If objects or split is none of the known words.
     """
+    is_learned = split == "train"
     while True:
-        source = random_scene(rng, objects, split="train" if split == "train" else "all")
-        kind, index = _pick(rng, KINDS), int(rng.integers(len(source.objects)))
+        source = random_scene(rng, objects, split="train" if is_learned else "all")
+        kind = _pick(rng, _LEARNED if is_learned else KINDS)
+        index = int(rng.integers(len(source.objects)))
         change = _CHANGES[kind](source, index, rng)
         if change and (split == "all" or is_held_out(change.target) == (split == "test")):
             template = _pick(rng, _TEMPLATES[kind])
@@ -111,7 +117,7 @@ def iterate_edits(
 ) -> Iterator[tuple[Edit, str]]:
     """Edits, each with its text; number i depends on seed and i alone, not on count.
 
-    The text is the instruction, for a quarter of the edits a caption of the target; not in the test split.
+    The text is the instruction, for a tenth of the edits a caption of the target; not in the test split.
     """
     for index in range(count):
         rng = np.random.default_rng([_STREAM, seed, index])

@@ -73,7 +73,7 @@ def write_edits(
     """Write edits into folder, with a progress bar on stderr.
 
     `edit-000000.png` is the target, `.source.png` the source, `.txt` what is asked for, and `.json` holds the
-    kind of the edit, its instruction, the target's plain caption and what a model is to say of it.
+    kind of the edit, its instruction, the target's plain caption and what a model is to answer.
 
     Raises:
         SceneError: If a number is out of range, or the folder holds files and is_forced is not set.

@@ -35,8 +35,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_exo.write_parts(folder, **{"modelspec.resolution": f"{SIDE}x{SIDE}"})
 
 
-def info_of(mask: Tensor) -> ExoInfo:
-    """What a run with this mask `hm wm` would leave."""
+def info_of(mask: Tensor, prompt: str = EDIT.instruction) -> ExoInfo:
+    """What a run with this mask `hm wm` would leave, of a model that drew this."""
     size = (2 * mask.shape[0], 2 * mask.shape[1])
     three = mask[None].float()
     return ExoInfo(
@@ -47,7 +47,7 @@ def info_of(mask: Tensor) -> ExoInfo:
         downscale=8,
         timings={},
         seed=0,
-        prompt="make the circle green",
+        prompt=prompt,
     )
 
 
@@ -61,6 +61,16 @@ def test_overlap_and_quality_where() -> None:
     assert psnr_where(black, gray, where) == pytest.approx(20 * np.log10(5))
     assert psnr_where(black, black, where) == pytest.approx(58.92, abs=0.01)
     assert psnr_where(black, gray, ~where & where) is None
+
+
+def test_what_a_model_says_of_an_edit() -> None:
+    source = Image.new("RGB", (SIDE, SIDE), (20, 30, 40))
+    truth = Truth.between(PIXELS, EDIT, source, source)  # type: ignore[arg-type]
+    found = {
+        prompt: compare_edit(truth, source, info_of(torch.zeros(4, 4), prompt))["said_right"]
+        for prompt in (EDIT.answer.split("\n")[-1], EDIT.answer, "", EDIT.instruction)
+    }
+    assert list(found.values()) == [100.0, 0.0, 0.0, None]
 
 
 def test_one_edit_with_known_masks() -> None:

@@ -51,7 +51,7 @@ def test_a_source_picture_belongs_to_the_image_of_its_name(tmp_path: Path) -> No
         facts = '{"target": "a red circle at the top", "answer": "a red circle"}'
         (tmp_path / f"0{number}.json").write_text(facts, encoding="utf-8")
     samples, _ = scan_one(tmp_path)
-    assert [(sample.key, sample.caption, sample.source, sample.target) for sample in samples] == [
+    assert [(sample.key, sample.caption, sample.source, sample.answer) for sample in samples] == [
         ("00.png", "picture 0", None, None),
         ("01.webp", "picture 1", tmp_path / "01.source.png", "a red circle"),
     ]
