@@ -1,6 +1,7 @@
 """What half precision costs: no more than the rounding of matrices and of what they are multiplied by."""
 
 import importlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.golden.test_golden import run
 HALF = Options(dtype=torch.bfloat16)
 BEYOND_THE_LIMIT = ("tinyflux/v42_predict", "xut/jax_xudit_concat_shared")
 """Small random models that exact arithmetic on rounded matrices and their inputs moves by over 0.03."""
+MODELS = 20
 
 
 def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -33,11 +35,15 @@ def velocity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], options
 
 @pytest.mark.parametrize("name", BEYOND_THE_LIMIT)
 def test_models_near_these_lose_no_more_than_the_rounding_costs(name: str) -> None:
-    """One model's error is luck; the mean of five, whose weights differ in the eighth bit, is less so."""
+    """One model's error is luck: of models whose weights differ in the eighth bit the mean is compared.
+
+    The two are as large as each other, and which mean comes out above depends on the processor: so the
+    difference of their logarithms may be above 0 by two of its standard errors.
+    """
     tensors, metadata = read(name)
     generator = torch.Generator().manual_seed(0)
     logs = []
-    for _ in range(5):
+    for _ in range(MODELS):
         near = {
             key: tensor * (1 + (torch.rand(tensor.shape, generator=generator) - 0.5) / 128)
             if key.startswith("weight.")
@@ -47,9 +53,11 @@ def test_models_near_these_lose_no_more_than_the_rounding_costs(name: str) -> No
         exact = velocity(near, metadata, Options())
         found = (velocity(near, metadata, options) for options in (HALF, HALF.floor()))
         logs.append([judge(Case("", result, exact)).relative for result in found])
-    ours, floor = torch.tensor(logs).log().mean(dim=0).exp().tolist()
-    assert floor > 0.03
-    assert ours < floor
+    ours, floor = torch.tensor(logs).log().unbind(dim=1)
+    assert float(floor.mean().exp()) > 0.03
+    error = float((ours - floor).std()) / math.sqrt(MODELS)
+    assert error < 0.05
+    assert float((ours - floor).mean()) < 2 * error
 
 
 def test_report_states_the_floor(tmp_path: Path) -> None:
