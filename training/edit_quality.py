@@ -180,7 +180,8 @@ def _side(pipeline: ExoPipeline) -> int:
 def compare_edit(truth: Truth, result: Image.Image, info: ExoInfo) -> dict[str, float | None]:
     """Overlaps and qualities of one edit, by the names of `measure_edits`."""
     shown, before = pixels_of(result), pixels_of(truth.source)
-    marked, asked = info.on_pixels(mode="nearest")[0].numpy() >= MARKED, truth.edit.instruction
+    marked = info.on_pixels(mode="nearest")[0].numpy() >= MARKED
+    is_right = info.prompt == last_line(truth.edit.answer)
     return {
         "mask_iou": overlap(info.mask >= MARKED, truth.cells),
         "pixel_iou": overlap(marked, truth.changed),
@@ -188,7 +189,7 @@ def compare_edit(truth: Truth, result: Image.Image, info: ExoInfo) -> dict[str, 
         "kept_psnr": psnr_where(shown, before, ~marked),
         "unchanged_psnr": psnr_where(shown, before, ~truth.on_pixels),
         "vae_psnr": truth.vae_psnr,
-        "said_right": None if info.prompt == asked else 100.0 * (info.prompt == last_line(truth.edit.answer)),
+        "said_right": None if info.prompt == truth.edit.instruction else 100.0 * is_right,
     }
 
 

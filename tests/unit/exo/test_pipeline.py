@@ -340,6 +340,12 @@ def test_what_was_rewritten_is_kept(rewriter: ExoPipeline, monkeypatch: pytest.M
     assert rewriter.rewrite(["a cross"], images) == ["a cross"]  # the trunk has nothing to say to it
 
 
+def test_the_last_line_of_an_answer_counts(rewriter: ExoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = rewriter.text_encoder.tokenizer.ids("a circle\na blue circle\n")
+    monkeypatch.setattr(Exo, "answer", lambda *_, **__: [said])
+    assert rewriter.rewrite(["make it blue"], image_to_tensor(picture(6), 64, 32)) == ["a blue circle"]
+
+
 def test_a_model_that_does_not_rewrite_says_so(pipeline: ExoPipeline) -> None:
     with pytest.raises(ConfigError, match="must be a model that rewrites prompts, got one that does not"):
         pipeline.rewrite(PROMPTS[:1], image_to_tensor(picture(), 64, 32))
