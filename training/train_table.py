@@ -32,12 +32,14 @@ class ExoTraining(Strict):
     tokens, where velocity (of edits) or rewriting is learned; rewrite: of the words for edits, where velocity
     is learned; words: of the captions' words, and of where they stand, from visual tokens, where the
     projector is learned.
-    iterations: least and most, drawn for each step. features: what the perceptual loss compares. plain_edits:
+    iterations: least and most, drawn for each step; gradient: whether it runs through all of them or each
+    learns for itself, which costs less. features: what the perceptual loss compares. plain_edits:
     whether samples without source picture have an edit loss, against the estimate of the first iteration.
     """
 
     task: Literal["velocity", "projector", "language", "rewrite", "masks"] = "velocity"
     iterations: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (1, 4)
+    gradient: Literal["all", "own"] = "all"
     diffusion: float = Field(0.9, ge=0)
     edit: float = Field(0.1, ge=0)
     perceptual: float = Field(0.05, ge=0)

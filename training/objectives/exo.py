@@ -152,6 +152,7 @@ class ExoObjective(FlowMatchingObjective):
             draw.sigma,
             prefix,
             iterations=iterations,
+            through=self._runs_through(draw),
             runtime=self.recipe_at(draw.step).runtime(),
         )
 
@@ -180,6 +181,7 @@ class ExoObjective(FlowMatchingObjective):
             draw.sigma,
             self._prefix(draw, self.conditioning(draw)),
             iterations=self.iterations(draw.step),
+            through=self._runs_through(draw),
             runtime=recipe.runtime(),
         )
         size = source.shape[-2:]
@@ -329,6 +331,9 @@ class ExoObjective(FlowMatchingObjective):
 
     def _source_latents(self, draw: Draw) -> Tensor:
         return self.data.source_latents(draw.numbers).to(self.device)
+
+    def _runs_through(self, draw: Draw) -> bool:
+        return self.recipe_at(draw.step).exo.gradient == "all"
 
     def _is_edit(self, draw: Draw) -> bool:
         return self.data.samples[draw.numbers[0]].is_edit

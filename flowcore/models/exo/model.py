@@ -220,6 +220,7 @@ class Exo(nn.Module):
         *,
         iterations: int = 4,
         every_iteration: bool = False,
+        through: bool = True,
         runtime: Runtime = DEFAULT_RUNTIME,
     ) -> StepResult:
         """Return velocity and edits of noised latents z `b c h w` at times t `b`, in the dtype of z.
@@ -230,12 +231,13 @@ class Exo(nn.Module):
             prefix: of `encode`, for the same batch and size.
             iterations: 1 to 8; beyond those that a model was trained with quality falls.
             every_iteration: also evaluate the diffusion head after the earlier iterations.
+            through: whether gradients run from an iteration into those before it.
             runtime: the attention product; blocks are of the kinds `trunk` and `diffusion`.
 
         Raises: ShapeError if the latents do not fit; ConfigError for a number of iterations out of range.
         """
         velocities, done = [], []
-        for found in self.refine(z, t, prefix, iterations=iterations, runtime=runtime):
+        for found in self.refine(z, t, prefix, iterations=iterations, through=through, runtime=runtime):
             done.append(found)
             if every_iteration or len(done) == iterations:
                 suffix = self.diffusion_head.read(found.passed.taps, z.dtype)
@@ -267,6 +269,7 @@ class Exo(nn.Module):
         prefix: PrefixState,
         *,
         iterations: int = 4,
+        through: bool = True,
         runtime: Runtime = DEFAULT_RUNTIME,
     ) -> Iterator[Refinement]:
         """Yield the iterations of a step, one by one, without a velocity; arguments are those of `step`.
@@ -285,6 +288,8 @@ class Exo(nn.Module):
             edit = self.edit_head(memory, passed.hidden, runtime)
             past, edits = passed.past, edit.write(edits)
             yield Refinement(passed, edit, edits)
+            if not through:
+                past, edits = past.cut(prefix.past.length), edits.detach()
 
     def forward(
         self,

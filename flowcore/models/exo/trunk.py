@@ -39,6 +39,14 @@ class Past(NamedTuple):
     layers: tuple[KeysValues, ...]
     length: int
 
+    def cut(self, first: int) -> "Past":
+        """Return a copy whose rows from the first one on, of later tokens, pass no gradient."""
+
+        def half(part: Tensor) -> Tensor:
+            return torch.cat([part[:, :, :first], part[:, :, first:].detach()], dim=2)
+
+        return Past(tuple(KeysValues(*map(half, layer)) for layer in self.layers), self.length)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:

@@ -320,3 +320,32 @@ def test_an_answer_is_what_the_whole_text_goes_on_with(model: Exo, has_picture: 
     ended = model.answer(prompt.token_ids, mask, end=said[0][2], most=6, **seen)
     assert ended[0] == said[0][: said[0].index(said[0][2])]
     assert said[0][2] in said[1] or ended[1] == said[1]
+
+
+@pytest.mark.parametrize("through", [True, False])
+@pytest.mark.parametrize("is_checkpointed", [True, False])
+def test_iterations_that_learn_for_themselves_pass_no_gradient_back(
+    through: bool, is_checkpointed: bool
+) -> None:
+    model, (z, t) = random_exo(), latents(2, (4, 6))
+    runtime = Runtime(run_block=run_checkpointed) if is_checkpointed else Runtime()
+    prefix = encode(model, prompt_of(PROMPTS), (4, 6))
+    plain = model.step(z, t, prefix, iterations=3)
+    found = model.step(z, t, prefix, iterations=3, through=through, runtime=runtime)
+    compare(found, plain)
+    found.velocity.square().mean().backward()
+    sizes = model.tokens.iteration.weight.grad.abs().sum(dim=1).tolist()
+    assert sizes[2] > 0
+    assert [size > 0 for size in sizes[:2]] == [through, through]
+    # what the trunk made of the prompts is no iteration's, and still learns
+    assert model.trunk.get_parameter("language_model.embed_tokens.weight").grad.abs().max() > 0
+
+
+def test_prompts_learn_from_the_last_iteration_through_their_keys(model: Exo) -> None:
+    prefix = encode(model, prompt_of(PROMPTS), (4, 6))
+    for keep in prefix.past.layers[0]:
+        keep.retain_grad()
+    (z, t) = latents(2, (4, 6))
+    model.step(z, t, prefix, iterations=2, through=False).velocity.square().mean().backward()
+    assert all(part.grad is not None and part.grad.abs().max() > 0 for part in prefix.past.layers[0])
+    model.zero_grad(set_to_none=True)

@@ -155,6 +155,23 @@ def test_edits_of_plain_samples_are_measured_against_the_first_iteration(tmp_pat
             assert (float(with_edits.loss(step, BATCH)) > 1.5 * price) == (iterations > 1)
 
 
+@pytest.mark.parametrize("task", ["velocity", "masks"])
+def test_iterations_can_learn_each_for_itself(tmp_path: Path, task: str) -> None:
+    asked = {"task": task, "iterations": [3, 3]}
+    through, own = (objective(tmp_path, {"exo": {**asked, "gradient": kind}}) for kind in ("all", "own"))
+    step = step_of(own, is_edit=True, iterations=3)
+    losses = through.loss(step, BATCH), own.loss(step, BATCH)
+    assert torch.equal(*losses)
+    name = "edit_head.delta2.weight"
+    first, second = (
+        gradients(made, loss).get(name) for made, loss in zip((through, own), losses, strict=True)
+    )
+    assert first is not None
+    assert first.abs().max() > 0
+    # of masks alone no delta tells: it is the next iteration that looks at it
+    assert (second is None or not second.any()) == (task == "masks")
+
+
 def test_the_mask_learns_labels_and_price(tmp_path: Path) -> None:
     found = {}
     for name, asked in {
