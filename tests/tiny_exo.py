@@ -1,5 +1,6 @@
 """A tiny Exo with random weights and its autoencoder, as files that name each other."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from flowcore.vae.latent_spec import LatentSpec
@@ -17,10 +18,15 @@ def write_vae(folder: Path) -> Path:
     return folder / VAE
 
 
-def write_parts(folder: Path, *, names_vae: bool = True, rewrites: bool = False, **metadata: str) -> Path:
-    """Write model and autoencoder; return the model's file, which names the other and holds its trunk."""
+def write_parts(
+    folder: Path, *, names_vae: bool = True, changes: Mapping[str, bool] | None = None, **metadata: str
+) -> Path:
+    """Write model and autoencoder; return the model's file, which names the other and holds its trunk.
+
+    changes: of the configuration.
+    """
     write_vae(folder)
     named = {"flowcore.vae": VAE} if names_vae else {}
     stated = {**named, "modelspec.resolution": "64x48", **metadata}
-    save_exo(folder / MODEL, random_exo(rewrites=rewrites), metadata=stated)
+    save_exo(folder / MODEL, random_exo(**(changes or {})), metadata=stated)
     return folder / MODEL

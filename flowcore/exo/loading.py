@@ -126,4 +126,5 @@ def byte_tokenizer(config: ExoConfig) -> ByteTokenizer | None:
 def prompt_reader(config: ExoConfig, tokenizer: Tokenizer) -> PromptReader:
     """Return what reads prompts for a trunk with a tokenizer."""
     patch = int(config.trunk["vision_config"]["patch_size"])
-    return PromptReader(tokenizer, f"exo-{type(tokenizer).__name__}", patch=patch)
+    identity = f"exo-{type(tokenizer).__name__}{'-image-first' if config.image_first else ''}"
+    return PromptReader(tokenizer, identity, patch=patch, image_first=config.image_first)

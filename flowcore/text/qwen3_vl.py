@@ -34,8 +34,11 @@ _FILES = ("tokenizer.json", "tokenizer_config.json")
 class Tokenizer(Protocol):
     """What makes token ids of a prompt in its chat."""
 
-    def chat(self, prompt: str, *, has_image: bool) -> str:
-        """Return the chat up to where the answer begins, with one image token for a picture."""
+    def chat(self, prompt: str, *, has_image: bool, image_first: bool = False) -> str:
+        """Return the chat up to where the answer begins, with one image token for a picture.
+
+        image_first: whether that stands before the prompt.
+        """
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text that holds special tokens."""
@@ -56,10 +59,11 @@ class ByteTokenizer:
         known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
         self.pattern = re.compile(rf"((?: |(?<!\w))(?:{known})(?!\w))", re.IGNORECASE) if words else None
 
-    def chat(self, prompt: str, *, has_image: bool) -> str:
+    def chat(self, prompt: str, *, has_image: bool, image_first: bool = False) -> str:
         """Return the chat, as `Tokenizer`."""
         image = f"<|vision_start|>{IMAGE}<|vision_end|>" if has_image else ""
-        return f"<|im_start|>user\n{prompt}{image}<|im_end|>\n<|im_start|>assistant\n"
+        content = image + prompt if image_first else prompt + image
+        return f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids, as `Tokenizer`."""
@@ -108,9 +112,11 @@ class ChatTokenizer:
             )
         self.template = template
 
-    def chat(self, prompt: str, *, has_image: bool) -> str:
+    def chat(self, prompt: str, *, has_image: bool, image_first: bool = False) -> str:
         """Return the chat, as `Tokenizer`."""
         content = [{"type": "text", "text": prompt}, *([{"type": "image"}] if has_image else [])]
+        if image_first:
+            content.reverse()
         text: str = self.network.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self.template,
@@ -139,11 +145,17 @@ class PromptReader:
     width = 1
     pooled_width = None
 
-    def __init__(self, tokenizer: Tokenizer, identity: str, *, patch: int = 16) -> None:
-        """Join a tokenizer, what caches know it by, and the pixels on a side of the trunk's patches."""
+    def __init__(
+        self, tokenizer: Tokenizer, identity: str, *, patch: int = 16, image_first: bool = False
+    ) -> None:
+        """Join a tokenizer, what caches know it by, and the pixels on a side of the trunk's patches.
+
+        image_first: whether pictures stand before their prompts.
+        """
         self.tokenizer = tokenizer
         self.identity = identity
         self.patch = patch
+        self.image_first = image_first
 
     def to(
         self,
@@ -176,7 +188,14 @@ class PromptReader:
         if pictures is not None:
             least = 1 if isinstance(self.tokenizer, ByteTokenizer) else LEAST
             pictures = fit_pictures(pictures, least=least)
-        return encode_prompts(self.tokenizer, prompts, pictures, answers=answers, patch=self.patch)
+        return encode_prompts(
+            self.tokenizer,
+            prompts,
+            pictures,
+            answers=answers,
+            patch=self.patch,
+            image_first=self.image_first,
+        )
 
     def unknown_words(self, prompt: str) -> list[str]:  # noqa: ARG002 - as `TextEncoder`
         """Return nothing: every text has tokens."""
@@ -190,6 +209,7 @@ def encode_prompts(
     *,
     answers: Sequence[str] | None = None,
     patch: int = 16,
+    image_first: bool = False,
 ) -> Conditioning:
     """Return conditions for Exo: the context holds token ids `b m 1`, extras the pictures' patches.
 
@@ -199,6 +219,7 @@ def encode_prompts(
         images: a picture for each prompt, `b 3 h w` in [-1, 1], sides multiples of two patches.
         answers: the answer that follows each prompt, up to its end; None = none yet.
         patch: pixels on a side of the trunk's patches.
+        image_first: whether pictures stand before their prompts.
     Raises: ConfigError for a prompt with an image token in it; ShapeError for pictures that do not fit.
     """
     for prompt in (*prompts, *(answers or ())):
@@ -213,7 +234,8 @@ def encode_prompts(
         extras, count = {"pixels": pixels, "grids": grids}, pixels.shape[1] // 4
     rows = []
     for number, prompt in enumerate(prompts):
-        text = tokenizer.chat(prompt, has_image=images is not None).replace(IMAGE, IMAGE * count)
+        chat = tokenizer.chat(prompt, has_image=images is not None, image_first=image_first)
+        text = chat.replace(IMAGE, IMAGE * count)
         answer = answer_ids(tokenizer, answers[number]) if answers else []
         rows.append(torch.tensor(tokenizer.ids(text) + answer))
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)

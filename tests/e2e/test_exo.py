@@ -64,7 +64,7 @@ def test_an_edit_its_mask_and_settings_that_reproduce_both(
 def test_the_words_that_were_drawn_are_stated_and_make_the_same_picture(
     picture_file: Path, tmp_path: Path
 ) -> None:
-    model = tiny_exo.write_parts(tmp_path, rewrites=True)
+    model = tiny_exo.write_parts(tmp_path, changes={"rewrites": True})
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     options = ["--model", model, "--init", picture_file, "--steps", 1, "--quiet", "--device", "cpu"]
     assert cli(PROMPT, *options, "--out", first) == 0

@@ -18,9 +18,9 @@ from .trunk_config import BYTE_TOKENS, TRUNKS, TrunkConfig, check_trunk, find_tr
 MAX_ITERATIONS = 8
 """Refinement iterations that have a vector of their own."""
 NUM_ADAPTERS = 4
-_NOT_SIZES = ("trunk", "embeds_trunk", "memory_fades", "edit_fraction", "lora_alpha", "words", "rewrites")
-_STORED = ("edit_fraction", "lora_alpha", "words", "rewrites")
+_STORED = ("edit_fraction", "lora_alpha", "words", "rewrites", "image_first")
 """Fields that no shape tells."""
+_NOT_SIZES = ("trunk", "embeds_trunk", "memory_fades", *_STORED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,8 @@ class ExoConfig:
     and writes; this fraction of the cells may be written in one iteration. lora_rank: of the low-rank changes
     of the trunk, 0 = none. words: what the byte tokenizer of an own trunk reads as one token each, in lower
     case. rewrites: whether an own trunk first says in words what a picture shows after what is asked of it,
-    and all else goes by that instead of the instruction.
+    and all else goes by that instead of the instruction. image_first: whether a picture stands before the
+    text of its prompt, so that prompts about one picture share what the trunk makes of it.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TRUNKS["qwen3-vl-8b"])
@@ -65,6 +66,7 @@ class ExoConfig:
     lora_alpha: float = 32.0
     words: tuple[str, ...] = ()
     rewrites: bool = False
+    image_first: bool = False
 
     def __post_init__(self) -> None:
         """Check every field. Raises: ConfigError."""
@@ -237,7 +239,7 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
 
     Shapes decide whatever they can. `flowcore.config` of the metadata gives the rest: the trunk's settings
     (without it the trunk is the known one of the same width and depth), edit_fraction, lora_alpha, words,
-    rewrites.
+    rewrites, image_first.
     Raises: CheckpointError if a tensor that is needed is missing or has a shape no Exo model has.
     """
     reader = TensorReader(tensors, "Exo")

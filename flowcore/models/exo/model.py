@@ -21,6 +21,7 @@ from .edit_head import Edit, EditHead
 from .inputs import check_latents, check_prompt
 from .lora import TrunkLora
 from .memory import Adapter, Memory, Projector, SuffixTokens
+from .reading import Reading, read_on, shared_start
 from .states import PrefixState, StepResult
 from .trunk import (
     KeysValues,
@@ -46,14 +47,6 @@ class Refinement(NamedTuple):
     passed: Pass
     edit: Edit
     edits: Tensor
-
-
-class Reading(NamedTuple):
-    """What the trunk makes of prompts: its pass, their positions `3 b m`, and what it sees of pictures."""
-
-    passed: Pass
-    positions: Tensor
-    picture: Picture | None
 
 
 class Exo(nn.Module):
@@ -170,6 +163,18 @@ class Exo(nn.Module):
         """
         trunk, is_image = self._trunk(), self._is_image(token_ids, mask)
         check_prompt(token_ids, mask, is_image, pixels, grids)
+        taps = self.config.context_layers
+        if shared := shared_start(token_ids, mask, is_image, pixels):
+            assert pixels is not None
+            assert grids is not None
+            start = self.read(
+                token_ids[:1, :shared], mask[:1, :shared], pixels=pixels[:1], grids=grids[:1], runtime=runtime
+            )
+            assert start.picture is not None
+            positions = prefix_positions(is_image, mask, (start.picture.rows, start.picture.columns))
+            return read_on(
+                trunk, start, token_ids, mask, positions, taps=taps, lora=self.lora, runtime=runtime
+            )
         picture = None if pixels is None or grids is None else look(trunk, pixels, grids)
         positions = prefix_positions(
             is_image, mask, None if picture is None else (picture.rows, picture.columns)
@@ -185,7 +190,7 @@ class Exo(nn.Module):
             positions,
             keep=None if not mask.is_meta and bool(mask.all()) else causal_mask(mask),
             past=None,
-            taps=self.config.context_layers,
+            taps=taps,
             after=lambda layer, h: h + deep[layer] if layer < len(deep) else h,
             lora=self.lora,
             runtime=runtime,

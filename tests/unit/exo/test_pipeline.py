@@ -309,9 +309,30 @@ def test_names_of_the_description(file: Path, pipeline: ExoPipeline) -> None:
     assert len(out.iterations) == 3
 
 
+def test_a_file_says_whether_pictures_stand_first(tmp_path: Path, pipeline: ExoPipeline) -> None:
+    file = tiny_exo.write_parts(tmp_path, changes={"image_first": True})
+    made = ExoPipeline.from_pretrained(file, device="cpu")
+    settings = replace(SETTINGS, num_steps=1, cfg_scale=2.0)
+    images = image_to_tensor(picture(), 64, 32)
+    chats = [one.text_encoder.read(["#"], images).context[0, :, 0].tolist() for one in (pipeline, made)]
+    assert sorted(chats[0]) == sorted(chats[1])
+    image = made.exo.config.trunk["image_token_id"]
+    assert [chat.index(ord("#")) < chat.index(image) for chat in chats] == [True, False]
+    assert made.text_encoder.identity != pipeline.text_encoder.identity
+    both = made.refine(["red", "green"], [1, 1], settings, init_images=[picture()] * 2)
+    alone = made.refine(["green"], [1], settings, init_images=[picture()])[0]
+    assert_close(
+        image_to_tensor(both[1].image, 64, 32),
+        image_to_tensor(alone.image, 64, 32),
+        limit=0.01,
+        what="picture",
+    )
+    assert both[0].image.tobytes() != both[1].image.tobytes()
+
+
 @pytest.fixture(scope="module")
 def rewriter(tmp_path_factory: pytest.TempPathFactory) -> ExoPipeline:
-    file = tiny_exo.write_parts(tmp_path_factory.mktemp("rewriter"), rewrites=True)
+    file = tiny_exo.write_parts(tmp_path_factory.mktemp("rewriter"), changes={"rewrites": True})
     return ExoPipeline.from_pretrained(file, device="cpu")
 
 
