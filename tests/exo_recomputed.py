@@ -43,16 +43,19 @@ def recomputed_step(model: Exo, z: Tensor, t: Tensor, prompt: Prompt, *, iterati
     ids = prompt.token_ids
     mask = torch.ones_like(ids, dtype=torch.bool) if prompt.token_mask is None else prompt.token_mask
     is_image = (ids == config.trunk["image_token_id"]) & mask
-    embedded, grid, deep, features = trunk.language_model.embed_tokens(ids), None, [], None
+    embedded, grid, deep = trunk.language_model.embed_tokens(ids), None, []
+    features, estimate = None, None
     if prompt.pixels is not None:
         picture = look(trunk, prompt.pixels, prompt.grids)
         grid = (picture.rows, picture.columns)
         embedded = at_image(embedded, is_image, picture.tokens)
         deep = [at_image(torch.zeros_like(embedded), is_image, part) for part in picture.deep]
         features = model.projector(picture.tokens, grid, z.shape[-2:])
+        estimate = model.projector.latents(features)
     positions = prefix_positions(is_image, mask, grid)
     length, count = config.suffix_length, ids.shape[1]
-    base, edits, memories, suffixes, done = model.memory.base(z, t, features), None, [], [], []
+    base, edits = model.memory.base(z, t, features, estimate), None
+    memories, suffixes, done = [], [], []
     for k in range(iterations):
         memories.append(model.memory(base, edits, z.dtype))
         suffixes.append(model.tokens(model.tokens.timestep(t, z.dtype), k))

@@ -106,7 +106,8 @@ def state_bytes(plan: Plan) -> dict[str, int]:
     mlp = 64 * math.ceil(8 * config.diffusion_dim / 3 / 64)
     # A block: six float32 maps of its stream, the two halves of its wide layer twice, what goes in and out.
     block = 24 * config.diffusion_dim + size * (4 * mlp + 2 * config.diffusion_dim)
-    picture = config.feature_dim * latents * size if plan.visual_tokens else 0
+    seen = config.feature_dim + config.memory_compares * config.latent_channels
+    picture = seen * latents * size if plan.visual_tokens else 0
     return {
         "keys and values of the trunk": rows * (plan.prefix + room) * token,
         "keys and values of the head": rows * plan.prefix * head_token,

@@ -191,16 +191,18 @@ class ExoObjective(FlowMatchingObjective):
         return torch.stack(losses).mean()
 
     def _partly_source(self, draw: Draw, source: Tensor) -> Tensor:
-        """The noised latents, but those of the source in a random share of the cells of each sample.
+        """The noised latents, but for a quarter of the samples those of the source in a share of the cells.
 
         So masks do not only find what differs: sampling that preserves the source shows it in every cell that
-        no mask has marked yet.
+        no mask has marked yet. The more samples have such cells, the more a cell without a difference is
+        marked in vain.
         """
         size, seed = (source.shape[-2], source.shape[-1]), self.recipe.seed
         kept = []
         for position in range(draw.first, draw.first + len(draw.numbers)):
             chance = generator(seed, "kept", draw.step, position)
-            kept.append(torch.rand(memory_grid(*size), generator=chance) < torch.rand(1, generator=chance))
+            share = 4 * torch.rand(1, generator=chance) - 3
+            kept.append(torch.rand(memory_grid(*size), generator=chance) < share)
         still = on_latents(torch.stack(kept), size).to(source)
         share = (1 - draw.sigma).reshape(-1, 1, 1, 1)
         return draw.sample.noised + still * share * (source - draw.clean)

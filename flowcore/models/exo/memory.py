@@ -13,8 +13,13 @@ from ...ops import Ops
 from .blocks import CrossAttention, KeysValuesPair, TimeMLP
 from .config import MAX_ITERATIONS, ExoConfig
 from .grids import CELL, memory_grid, padded, position_features
+from .labels import cell_distances
 
 _REFERENCE = 32.0
+_STEPS, _RATIOS, _STEEP = 16, (-1.0, 4.0), 4.0
+"""Steps in which a distance is told: how many, from and to which logarithm of a ratio, and how steep."""
+_SMALL = 0.02
+"""Squared distance that says nothing: about the error of the estimated latents."""
 
 
 class Projector(nn.Module):
@@ -58,18 +63,39 @@ class Memory(nn.Module):
         self.fading = (
             ops.conv2d(config.feature_dim, dim, bias=False, **shape, **where) if config.memory_fades else None
         )
+        self.compared = self.distance = None
+        if config.memory_compares:
+            self.compared = ops.conv2d(config.latent_channels, dim, bias=False, **shape, **where)
+            self.distance = ops.linear(_STEPS, dim, bias=False, **where)
+            if not self.embed.weight.is_meta:
+                with torch.no_grad():
+                    self.compared.weight.copy_(-self.embed.weight)
+            nn.init.zeros_(self.distance.weight)
         self.edit = ops.linear(config.hidden_size, dim, bias=False, **where)
         self.norm = RMSNorm(dim, where.get("device"))
 
-    def base(self, z: Tensor, t: Tensor, features: Tensor | None) -> Tensor:
-        """Return what stays the same in all iterations of a step, `b (hm wm) d` float32; times t `b`."""
+    def base(self, z: Tensor, t: Tensor, features: Tensor | None, estimate: Tensor | None) -> Tensor:
+        """Return what stays the same in all iterations of a step, `b (hm wm) d` float32; times t `b`.
+
+        features, estimate: of the picture; only a memory that compares has a use for its estimated latents.
+        """
         grid = self.embed(padded(z, CELL))
+        share = rearrange(1 - t, "b -> b 1 1 1")
         if features is not None:
             features = padded(features, CELL)
             grid = grid + self.visual(features)
             if self.fading is not None:
-                grid = grid + rearrange(1 - t, "b -> b 1 1 1").to(grid) * self.fading(features)
+                grid = grid + share.to(grid) * self.fading(features)
+        apart: Tensor | None = None
+        if self.compared is not None and self.distance is not None and estimate is not None:
+            faded = share.to(z) * estimate
+            grid = grid + self.compared(padded(faded, CELL))
+            # a sample without a picture has an estimate of zeros, from which nothing is far or near
+            steps = _distance_steps(z, faded, t) * estimate.flatten(1).any(dim=1)[:, None, None]
+            apart = self.distance(steps.to(z.dtype)).float()
         tokens: Tensor = rearrange(grid, "b d h w -> b (h w) d").float()
+        if apart is not None:
+            tokens = tokens + apart
         places = position_features(memory_grid(*z.shape[-2:]), tokens.shape[-1], _REFERENCE, z.device)
         return tokens + places
 
@@ -79,6 +105,17 @@ class Memory(nn.Module):
             base = base + self.edit(edits.to(dtype))
         result: Tensor = self.norm(base)
         return result.to(dtype)
+
+
+def _distance_steps(z: Tensor, faded: Tensor, t: Tensor) -> Tensor:
+    """Return how far cells are from the fading picture beyond what noise alone makes, `b n k` in 0..1.
+
+    It is the logarithm of a ratio of squares, as smooth steps.
+    """
+    found = cell_distances(faded, z).flatten(1)
+    ratio = ((found + _SMALL) / (t.float().square()[:, None] + _SMALL)).log()
+    places = torch.linspace(*_RATIOS, _STEPS, device=z.device)
+    return (_STEEP * (ratio[..., None] - places)).sigmoid()
 
 
 class SuffixTokens(nn.Module):

@@ -27,7 +27,6 @@ from .trunk import (
     KeysValues,
     Pass,
     Past,
-    Picture,
     at_image,
     build_trunk,
     causal_mask,
@@ -135,16 +134,20 @@ class Exo(nn.Module):
         mask = (torch.ones_like(token_ids) if token_mask is None else token_mask).bool()
         passed, positions, picture = self.read(token_ids, mask, pixels=pixels, grids=grids, runtime=runtime)
         dtype = dtype or passed.hidden.dtype
-        features = None
+        features, estimate = None, None
         if picture is not None:
             has_image = self._is_image(token_ids, mask).any(dim=1)
-            features = self._features(picture, has_image, size, dtype)
+            seen = self.projector(picture.tokens.to(dtype), (picture.rows, picture.columns), size)
+            features = _in_rows(seen, has_image)
+            if self.config.memory_compares:
+                estimate = _in_rows(self.projector.latents(seen), has_image)
         return PrefixState(
             past=self._with_room(passed.past),
             reads=self.diffusion_head.read(passed.taps, dtype),
             keep=mask,
             first_position=positions.amax(dim=(0, 2)) + 1,
             features=features,
+            estimate=estimate,
             size=size,
         )
 
@@ -284,7 +287,7 @@ class Exo(nn.Module):
         check_latents(self.config, z, t, prefix.keep.shape[0], prefix.size)
         if not 1 <= iterations <= MAX_ITERATIONS:
             raise ConfigError(f"iterations must lie in 1..{MAX_ITERATIONS}, got {iterations}")
-        base = self.memory.base(z, t, prefix.features)
+        base = self.memory.base(z, t, prefix.features, prefix.estimate)
         time = self.tokens.timestep(t, z.dtype)
         past, edits = prefix.past, None
         for k in range(iterations):
@@ -356,17 +359,6 @@ class Exo(nn.Module):
             runtime=runtime,
         )
 
-    def _features(
-        self, picture: Picture, has_image: Tensor, size: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        """Return the features `b c h w`, zero for the samples without a picture."""
-        grid = (picture.rows, picture.columns)
-        features: Tensor = self.projector(picture.tokens.to(dtype), grid, size)
-        if bool(has_image.all()):
-            return features
-        empty = features.new_zeros(len(has_image), *features.shape[1:])
-        return empty.index_copy(0, has_image.nonzero()[:, 0], features)
-
     def _with_room(self, past: Past) -> Past:
         """Return the past with room for the suffixes of a step, unless gradients run through it."""
         if torch.is_grad_enabled():
@@ -387,3 +379,11 @@ class Exo(nn.Module):
 def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> KeysValuesPair:
     """Return keys and values of two parts of a context as those of one."""
     return KeysValuesPair(*(torch.cat(parts, dim=2) for parts in zip(first, second, strict=True)))
+
+
+def _in_rows(found: Tensor, has_image: Tensor) -> Tensor:
+    """Return what was made of pictures `i c h w` in the rows `b` that have one, zero in the others."""
+    if bool(has_image.all()):
+        return found
+    empty = found.new_zeros(len(has_image), *found.shape[1:])
+    return empty.index_copy(0, has_image.nonzero()[:, 0], found)

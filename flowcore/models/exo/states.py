@@ -18,7 +18,8 @@ class PrefixState:
     """All that does not depend on time, latents and iteration; valid for every step with these prompts.
 
     Shapes: keep `b p` boolean, which tokens are there; first_position `b`, where suffixes begin; features
-    `b c h w` of the pictures, None without any; reads: what each block of the diffusion head reads.
+    and estimate, the latents they seem to have, `b c h w` of the pictures, None without any; reads: what
+    each block of the diffusion head reads.
     """
 
     past: Past
@@ -26,6 +27,7 @@ class PrefixState:
     keep: Tensor
     first_position: Tensor
     features: Tensor | None
+    estimate: Tensor | None
     size: tuple[int, int]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PrefixState":
@@ -38,6 +40,7 @@ class PrefixState:
             keep=change(self.keep),
             first_position=change(self.first_position),
             features=None if self.features is None else change(self.features),
+            estimate=None if self.estimate is None else change(self.estimate),
         )
 
     def repeat(self, batch: int) -> "PrefixState":
@@ -66,6 +69,7 @@ class PrefixState:
             keep=self.keep[row : row + 1, :length].clone(),
             first_position=self.first_position[row : row + 1].clone(),
             features=None if self.features is None else self.features[row : row + 1].clone(),
+            estimate=None if self.estimate is None else self.estimate[row : row + 1].clone(),
         )
 
 
@@ -98,18 +102,18 @@ def join_prefixes(parts: Sequence[PrefixState], *, room: int = 0) -> PrefixState
         reads=reads,
         keep=keep,
         first_position=torch.cat([part.first_position for part in parts]),
-        features=_joined_features(parts),
+        features=_joined_pictures([part.features for part in parts], parts),
+        estimate=_joined_pictures([part.estimate for part in parts], parts),
     )
 
 
-def _joined_features(parts: Sequence[PrefixState]) -> Tensor | None:
-    """Return the features of all samples, zero for those without a picture; None without any."""
-    like = next((part.features for part in parts if part.features is not None), None)
+def _joined_pictures(found: Sequence[Tensor | None], parts: Sequence[PrefixState]) -> Tensor | None:
+    """Return what was made of the pictures of all samples, zero for those without; None without any."""
+    like = next((one for one in found if one is not None), None)
     if like is None:
         return None
     empty = [like.new_zeros(len(part.keep), *like.shape[1:]) for part in parts]
-    present = [part.features for part in parts]
-    return torch.cat([zeros if f is None else f for f, zeros in zip(present, empty, strict=True)])
+    return torch.cat([zeros if one is None else one for one, zeros in zip(found, empty, strict=True)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

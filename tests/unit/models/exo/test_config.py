@@ -96,6 +96,7 @@ def test_words_are_kept_in_the_file_and_checked() -> None:
         {"edit_depth": 3, "diffusion_depth": 1},
         {"projector_upscale": 4, "feature_dim": 12},
         {"memory_fades": True},
+        {"memory_compares": True},
     ],
 )
 def test_changed_config_is_read_from_tensors(changes: dict[str, int]) -> None:

@@ -1,12 +1,14 @@
 """Steps of Exo: the cache changes nothing, nor does padding, a batch, a size or a number of iterations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from flowcore.conditioning import Conditioning, cat
 from flowcore.errors import ConfigError, ShapeError
-from flowcore.models.exo import Exo, StepResult, velocity
+from flowcore.models.exo import PRESETS, Exo, StepResult, velocity
 from flowcore.ops import Runtime, run_checkpointed
 from flowcore.text.qwen3_vl import ByteTokenizer, encode_prompts
 from tests.exo_recomputed import Prompt, random_exo, recomputed_step
@@ -53,8 +55,8 @@ def compare(found: StepResult, expected: StepResult, limit: float = LIMIT) -> No
 @pytest.mark.parametrize("size", [(8, 8), (5, 9)])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_queries": 0, "lora_rank": 4}, {"memory_fades": True}],
-    ids=["tiny", "literal", "fading"],
+    [{}, {"num_queries": 0, "lora_rank": 4}, {"memory_fades": True, "memory_compares": True}],
+    ids=["tiny", "literal", "comparing"],
 )
 def test_cached_step_equals_full_recomputation(
     changes: dict[str, int], size: tuple[int, int], has_picture: bool
@@ -98,8 +100,41 @@ def test_in_a_fading_memory_an_unchanged_picture_leaves_noise_alone() -> None:
         memory.visual.weight.zero_()
         noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
         level = t[:, None, None, None]
-        found = memory.base((1 - level) * picture + level * noise, t, picture)
-        assert_close(found, memory.base(level * noise, t, None), limit=1e-5)
+        found = memory.base((1 - level) * picture + level * noise, t, picture, None)
+        assert_close(found, memory.base(level * noise, t, None, None), limit=1e-5)
+
+
+def test_in_a_comparing_memory_an_unchanged_picture_leaves_noise_alone() -> None:
+    memory = Exo(replace(PRESETS["tiny"], memory_compares=True)).memory
+    picture, t = latents(2, (4, 6))
+    with torch.no_grad():
+        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
+        level = t[:, None, None, None]
+        found = memory.base((1 - level) * picture + level * noise, t, None, picture)
+        assert_close(found, memory.base(level * noise, t, None, None), limit=1e-5)
+
+
+def test_a_comparing_memory_tells_how_far_cells_are_from_the_picture() -> None:
+    memory = Exo(replace(PRESETS["tiny"], memory_compares=True)).memory
+    assert memory.distance is not None
+    torch.nn.init.ones_(memory.distance.weight)
+    picture, _ = latents(2, (4, 6))
+    picture[1] = 0  # what a sample without a picture has
+    changed = picture.clone()
+    changed[:, :, :2, :2] += 2.0  # the first cell
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
+    told = {}
+    for sigma in (0.05, 0.4):
+        noised, level = (1 - sigma) * changed + sigma * noise, torch.full((2,), sigma)
+        memory.distance.weight.data.fill_(1.0)
+        with_it = memory.base(noised, level, None, picture)
+        memory.distance.weight.data.zero_()
+        told[sigma] = (with_it - memory.base(noised, level, None, picture))[..., 0]
+    for steps in told.values():
+        assert steps[0, 0] > 2 * steps[0, 1:].max()
+        assert not steps[1].any()
+    # noise alone is no distance, whatever its level
+    assert (told[0.05][0, 1:].mean() - told[0.4][0, 1:].mean()).abs() < 1.5
 
 
 def test_a_step_with_gradients_equals_one_without(model: Exo) -> None:

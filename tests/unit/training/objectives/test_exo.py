@@ -205,8 +205,8 @@ def test_masks_are_learned_from_edits_alone_and_in_every_iteration(tmp_path: Pat
             expected = [functional.binary_cross_entropy(one.mask, labels) for one in result.iterations]
             assert float(made.loss(step, BATCH)) == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
     shares = torch.cat(kept)  # of what is the source's still, in 2 x 2 cells
-    assert float(shares.min()) < 0.3
     assert float(shares.max()) > 0.7
+    assert 0 < float((shares > 0.05).float().mean()) < 0.5
 
 
 @pytest.mark.parametrize("task", ["masks", "rewrite"])
