@@ -201,8 +201,8 @@ class ExoObjective(FlowMatchingObjective):
         kept = []
         for position in range(draw.first, draw.first + len(draw.numbers)):
             chance = generator(seed, "kept", draw.step, position)
-            share = 4 * torch.rand(1, generator=chance) - 3
-            kept.append(torch.rand(memory_grid(*size), generator=chance) < share)
+            part = 4 * torch.rand(1, generator=chance) - 3
+            kept.append(torch.rand(memory_grid(*size), generator=chance) < part)
         still = on_latents(torch.stack(kept), size).to(source)
         share = (1 - draw.sigma).reshape(-1, 1, 1, 1)
         return draw.sample.noised + still * share * (source - draw.clean)

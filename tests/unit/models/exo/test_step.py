@@ -91,33 +91,25 @@ def test_a_step_has_the_iterations_that_can_be_had_without_a_velocity(model: Exo
         next(model.refine(z, t, prefix, iterations=9))
 
 
-def test_in_a_fading_memory_an_unchanged_picture_leaves_noise_alone() -> None:
-    model = random_exo(memory_fades=True, feature_dim=16)
-    memory, (picture, t) = model.memory, latents(2, (4, 6))
+@pytest.mark.parametrize("name", ["fading", "compared"])
+def test_an_unchanged_picture_leaves_noise_alone(name: str) -> None:
+    """Of features that fade once their weights are so, of estimated latents from the start."""
+    config = replace(PRESETS["tiny"], memory_fades=True, memory_compares=True, feature_dim=16)
+    memory, (picture, t) = Exo(config).memory, latents(2, (4, 6))
     assert memory.fading is not None
     with torch.no_grad():
         memory.fading.weight.copy_(-memory.embed.weight)
         memory.visual.weight.zero_()
         noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
         level = t[:, None, None, None]
-        found = memory.base((1 - level) * picture + level * noise, t, picture, None)
-        assert_close(found, memory.base(level * noise, t, None, None), limit=1e-5)
-
-
-def test_in_a_comparing_memory_an_unchanged_picture_leaves_noise_alone() -> None:
-    memory = Exo(replace(PRESETS["tiny"], memory_compares=True)).memory
-    picture, t = latents(2, (4, 6))
-    with torch.no_grad():
-        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
-        level = t[:, None, None, None]
-        found = memory.base((1 - level) * picture + level * noise, t, None, picture)
+        seen = (picture, None) if name == "fading" else (None, picture)
+        found = memory.base((1 - level) * picture + level * noise, t, *seen)
         assert_close(found, memory.base(level * noise, t, None, None), limit=1e-5)
 
 
 def test_a_comparing_memory_tells_how_far_cells_are_from_the_picture() -> None:
     memory = Exo(replace(PRESETS["tiny"], memory_compares=True)).memory
     assert memory.distance is not None
-    torch.nn.init.ones_(memory.distance.weight)
     picture, _ = latents(2, (4, 6))
     picture[1] = 0  # what a sample without a picture has
     changed = picture.clone()
