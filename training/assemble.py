@@ -198,7 +198,10 @@ def build_objective(
             model, architecture, data, images, captions, recipes_of(config), device=device, judge=judge
         )
     if config.train.compile:
-        objective.module.compile()
+        if isinstance(model, Exo):
+            exo_parts.compile_blocks(model)
+        else:
+            model.compile()
     return objective
 
 

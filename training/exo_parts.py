@@ -21,11 +21,7 @@ from training.train_table import ExoTraining
 
 
 def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
-    """Raises: ConfigError, CheckpointError if the run cannot be: compiled, or with another trunk or task."""
-    if config.train.compile:
-        raise ConfigError(
-            "train.compile must be false for exo, whose prompts and steps are calls of their own, got true"
-        )
+    """Raises: ConfigError, CheckpointError if the run cannot be, with another trunk or task."""
     trunk_folder(config, model_config)
     spoken = next((_spoken(table.train.exo) for table in tables_of(config) if _spoken(table.train.exo)), None)
     if spoken and any(dataset.kind == "latents" for dataset in config.datasets):
@@ -38,6 +34,13 @@ def check_exo(config: RunConfig, model_config: ExoConfig) -> None:
             f"train.exo must not learn {spoken} for preset {config.model.preset!r}, whose trunk is by "
             "reference; take task velocity, masks or projector without words"
         )
+
+
+def compile_blocks(model: Exo) -> None:
+    """Have the blocks of both heads compiled when first called; prompts and steps are calls of their own."""
+    for head in (model.diffusion_head, model.edit_head):
+        for block in head.blocks:
+            block.compile()
 
 
 def _spoken(recipe: ExoTraining) -> str | None:

@@ -55,6 +55,8 @@ class Edit:
         kind: One of `KINDS`.
         instruction: What is to change, which says all that the target needs beside the source.
         caption: Plain caption of the target: nothing in it is chance.
+        subject: What is asked to change, as the instruction names it; of an object also the word behind it in
+            the source's caption, which tells the first of two from the second.
     """
 
     kind: str
@@ -62,17 +64,18 @@ class Edit:
     target: Scene
     instruction: str
     caption: str
+    subject: str
 
     @property
     def answer(self) -> str:
-        """What a model says that answers in words: a line for what the source shows, one for the target.
+        """What a model says that answers in words: what the source shows, what is to change, what it becomes.
 
-        So it looks first, and then has the object in words that it is asked to change. The last line leaves
-        out where the object is that is left of two: not in one of the places that have names, so the name of
-        the nearest is a guess, and the source shows it.
+        A line for each: so it looks first, then finds in its words what it is asked to change, and then knows
+        what to copy and what not. The last line leaves out where the object is that is left of two: not in
+        one of the places that have names, so the name of the nearest is a guess, and the source shows it.
         """
         target = plain_caption(self.target, names_place=self.kind != "remove")
-        return f"{plain_caption(self.source)}\n{target}"
+        return f"{plain_caption(self.source)}\n{self.subject}\n{target}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +105,14 @@ def random_edit(rng: np.random.Generator, objects: ObjectCount = "mixed", *, spl
         index = int(rng.integers(len(source.objects)))
         change = _CHANGES[kind](source, index, rng)
         if change and (split == "all" or is_held_out(change.target) == (split == "test")):
-            template = _pick(rng, _TEMPLATES[kind])
+            template, name = _pick(rng, _TEMPLATES[kind]), _name(source, index, rng)
             return Edit(
                 kind=kind,
                 source=source,
                 target=change.target,
-                instruction=template.format(object=_name(source, index, rng), value=change.value),
+                instruction=template.format(object=name, value=change.value),
                 caption=plain_caption(change.target),
+                subject="the background" if kind == "background" else f"{name} {_following(source, index)}",
             )
 
 
@@ -136,6 +140,13 @@ def _name(scene: Scene, index: int, rng: np.random.Generator) -> str:
     is_told = sum(other.shape == item.shape for other in scene.objects) == 1
     with_color = rng.random() < _COLOR_SHARE or not is_told
     return f"the {item.color} {item.shape}" if with_color else f"the {item.shape}"
+
+
+def _following(scene: Scene, index: int) -> str:
+    """The word behind an object in the plain caption of its scene."""
+    words = plain_caption(scene).split()
+    named = [place for place, word in enumerate(words) if word in SHAPES]
+    return words[named[index] + 1]
 
 
 def _with_object(scene: Scene, index: int, item: SceneObject) -> Scene:

@@ -145,12 +145,24 @@ def test_folder_of_edits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     }
 
 
-def test_the_answer_is_what_the_source_shows_and_then_the_target() -> None:
+def test_the_answer_is_what_the_source_shows_then_what_is_to_change_and_then_the_target() -> None:
     for edit in EDITS:
-        seen, last = edit.answer.split("\n")
+        seen, subject, last = edit.answer.split("\n")
         assert judge(draw(edit.source), seen)["all"]
         if edit.kind != "remove":
             assert last == edit.caption
+        if edit.kind == "background":
+            assert subject == "the background"
+            continue
+        name, _, following = subject.rpartition(" ")
+        assert f"{name} " in f"{edit.instruction} "
+        (changed,) = (
+            item
+            for item in edit.source.objects
+            if item not in edit.target.objects
+            and (edit.kind != "remove" or all(item.center != left.center for left in edit.target.objects))
+        )
+        assert f"{changed.color} {changed.shape} {following} " in seen
 
 
 def test_the_answer_leaves_out_the_place_of_what_is_left_of_two() -> None:
