@@ -38,6 +38,26 @@ def test_language_is_learned_from_captions_and_from_answers_without_a_picture(
             assert text.split() == f"user {caption} assistant {said}".split()
 
 
+def test_language_tells_the_words_before_from_a_third_of_the_tokens_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = rewriter(tmp_path, {"exo": {"task": "language"}})
+    assert made.heads is not None
+    places: list[set[int]] = []
+
+    def listen(states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+        places.append(set(mask.any(dim=0).nonzero()[:, 0].tolist()))
+        return states.new_zeros(())
+
+    monkeypatch.setattr(made.heads, "spoken_loss", listen)
+    for step in range(3):
+        places.clear()
+        made.loss(step, BATCH)
+        assert len(places) == len(made.exo.config.context_layers)
+        for found in places:
+            assert found == set(range(step, max(found) + 1, 3))
+
+
 def test_rewriting_is_learned_from_the_words_of_the_answer_alone(tmp_path: Path) -> None:
     """The cross-entropy of each word after the picture, what is asked and the words before, written out."""
     made = rewriter(tmp_path, {"exo": {"task": "rewrite"}})
