@@ -33,8 +33,9 @@ class ExoTraining(Strict):
     is learned; words: of the captions' words, and of where they stand, from visual tokens, where the
     projector is learned.
     iterations: least and most, drawn for each step; gradient: whether it runs through all of them or each
-    learns for itself, which costs less. features: what the perceptual loss compares. plain_edits:
-    whether samples without source picture have an edit loss, against the estimate of the first iteration.
+    learns for itself, which costs less. features: what the perceptual loss compares. edits: whether
+    velocity is learned from edits, too. plain_edits: whether samples without source picture have an edit
+    loss, against the estimate of the first iteration.
     """
 
     task: Literal["velocity", "projector", "language", "rewrite", "masks"] = "velocity"
@@ -49,6 +50,7 @@ class ExoTraining(Strict):
     rewrite: float = Field(0.0, ge=0)
     words: float = Field(0.0, ge=0)
     features: Literal["decoder_mid", "lpips", "none"] = "decoder_mid"
+    edits: bool = True
     plain_edits: bool = True
 
     @field_validator("iterations")

@@ -94,10 +94,9 @@ class ExoObjective(FlowMatchingObjective):
         return losses[task](draw)
 
     def groups_at(self, step: int) -> list[list[int]]:
-        """As for any model; edits alone where masks or rewriting are learned."""
-        if self.recipe_at(step).exo.task not in ("masks", "rewrite"):
-            return self.groups
-        return [group for group in self.groups if self.data.samples[group[0]].is_edit]
+        """As for any model; edits alone where masks or rewriting are learned, or none if the recipe says so."""
+        wanted = _wanted(self.recipe_at(step))
+        return [group for group in self.groups if self.data.samples[group[0]].is_edit in wanted]
 
     def iterations(self, step: int) -> int:
         """Iterations of a step of training."""
@@ -319,9 +318,11 @@ class ExoObjective(FlowMatchingObjective):
         """Raises: ConfigError if masks are learned without edits, or words for edits that have none."""
         edits = [sample for sample in self.data.samples if sample.is_edit]
         for recipe in recipes:
-            task = recipe.exo.task
-            if task in ("masks", "rewrite") and not edits:
+            task, wanted = recipe.exo.task, _wanted(recipe)
+            if False not in wanted and not edits:
                 raise ConfigError(f"train.exo.task {task} must have a dataset with source pictures, got none")
+            if True not in wanted and len(edits) == len(self.data.samples):
+                raise ConfigError("train.exo.edits must be true for datasets of edits alone, got false")
             if task != "rewrite" and not recipe.exo.rewrite:
                 continue
             if not self.exo.config.rewrites:
@@ -360,3 +361,10 @@ class ExoObjective(FlowMatchingObjective):
             return load_image(path, self.data.buckets[number])
         latents = self.data.source_latents([number]) if is_source else self.data.latents([number])
         return self.image_encoder.decode(latents.to(self.device))[0].clamp(-1, 1).cpu()
+
+
+def _wanted(recipe: Recipe) -> tuple[bool, ...]:
+    """Whether a step draws from edits (True), from samples that are none (False), or from both."""
+    if recipe.exo.task in ("masks", "rewrite"):
+        return (True,)
+    return (False, True) if recipe.exo.edits or recipe.exo.task != "velocity" else (False,)
