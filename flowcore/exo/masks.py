@@ -10,7 +10,7 @@ from ..flow.path import VelocityFn, denoised_to_velocity, velocity_to_denoised
 from ..models.exo.grids import CELL
 
 MODES = ("bilinear", "nearest")
-LATE = 0.5
+LATE = 0.3
 """Level below which masks count for a picture: edits show late."""
 _LOW, _RANGE = 0.2, 0.4
 _CLOSE = 1e-6

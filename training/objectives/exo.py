@@ -94,7 +94,7 @@ class ExoObjective(FlowMatchingObjective):
         return losses[task](draw)
 
     def groups_at(self, step: int) -> list[list[int]]:
-        """As for any model; edits alone where masks or rewriting are learned, or none if the recipe says so."""
+        """As for any model; only edits where masks or rewriting are learned, none if the recipe says so."""
         wanted = _wanted(self.recipe_at(step))
         return [group for group in self.groups if self.data.samples[group[0]].is_edit in wanted]
 

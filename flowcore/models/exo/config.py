@@ -20,7 +20,7 @@ MAX_ITERATIONS = 8
 NUM_ADAPTERS = 4
 _STORED = ("edit_fraction", "lora_alpha", "words", "rewrites", "image_first")
 """Fields that no shape tells."""
-_NOT_SIZES = ("trunk", "embeds_trunk", "memory_fades", "memory_compares", *_STORED)
+_NOT_SIZES = ("trunk", "embeds_trunk", "memory_compares", *_STORED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,25 +30,23 @@ class ExoConfig:
     trunk: settings of the Qwen3-VL below. embeds_trunk: whether the model owns its trunk's weights, and
     files hold them; without it a trunk is attached. latent_channels: as the model sees them (128 = FLUX.2,
     64 = FLUX.1 packed, 16 = unpacked). memory_*: the grid that latents and edits are read from, a cell for
-    2 x 2 latents; memory_fades: it also has the picture's features fading with noise, as the picture itself
-    would; memory_compares: it also has the picture's estimated latents, fading likewise and at first taken
-    from the noised ones, and how far these are from them. So a change shows as a difference at any noise
-    level. adapter_*: attention of the trunk to the memory. num_queries: learned tokens after timestep and
-    iteration. projector_dim, feature_dim: channels of the image's features inside and behind the projector;
-    projector_upscale: rows and columns of features that a visual token becomes there. diffusion_*: the head
-    that gives the velocity. edit_*: the head that marks and writes; this fraction of the cells may be
-    written in one iteration. lora_rank: of the low-rank changes of the trunk, 0 = none. words: what the
-    byte tokenizer of an own trunk reads as one token each, in lower case. rewrites: whether an own trunk
-    first says in words what a picture shows after what is asked of it, and all else goes by that instead of
-    the instruction. image_first: whether a picture stands before the text of its prompt, so that prompts
-    about one picture share what the trunk makes of it.
+    2 x 2 latents; memory_compares: it also has the picture's estimated latents, fading with noise as the
+    picture itself would and at first taken from the noised ones, and how far these are from them. So a change
+    shows as a difference at any noise level. adapter_*: attention of the trunk to the memory. num_queries:
+    learned tokens after timestep and iteration. projector_dim, feature_dim: channels of the image's features
+    inside and behind the projector; projector_upscale: rows and columns of features that a visual token
+    becomes there. diffusion_*: the head that gives the velocity. edit_*: the head that marks and writes; this
+    fraction of the cells may be written in one iteration. lora_rank: of the low-rank changes of the trunk, 0
+    = none. words: what the byte tokenizer of an own trunk reads as one token each, in lower case. rewrites:
+    whether an own trunk first says in words what a picture shows after what is asked of it, and all else goes
+    by that instead of the instruction. image_first: whether a picture stands before the text of its prompt,
+    so that prompts about one picture share what the trunk makes of it.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TRUNKS["qwen3-vl-8b"])
     embeds_trunk: bool = False
     latent_channels: int = 128
     memory_dim: int = 1024
-    memory_fades: bool = False
     memory_compares: bool = False
     adapter_dim: int = 2048
     adapter_head_dim: int = 128
@@ -265,7 +263,6 @@ def infer_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             "embeds_trunk": bool(embedded),
             "latent_channels": latent_channels,
             "memory_dim": reader.shape("memory.norm.weight", 1)[0],
-            "memory_fades": "memory.fading.weight" in tensors,
             "memory_compares": "memory.compared.weight" in tensors,
             "adapter_dim": adapter_dim,
             "adapter_head_dim": reader.shape(f"{adapter}.q_norm.weight", 1)[0],

@@ -142,7 +142,8 @@ class DiffusionHead(nn.Module):
         if features is not None:
             cells = cells + self.visual(padded(features, self.patch))
         grid = (cells.shape[-2], cells.shape[-1])
-        x: Tensor = rearrange(cells, "b d h w -> b (h w) d").float()
+        # contiguous: compiled blocks have gradients that are not finite otherwise (torch 2.13, CPU)
+        x: Tensor = rearrange(cells, "b d h w -> b (h w) d").float().contiguous()
         x = x + spread(self.edit(edits.to(z.dtype)), memory_grid(*size), size, self.patch)
         return x + position_features(grid, x.shape[-1], _REFERENCE, z.device), grid
 

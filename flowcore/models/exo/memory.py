@@ -60,9 +60,6 @@ class Memory(nn.Module):
         dim, shape = config.memory_dim, {"kernel_size": CELL, "stride": CELL}
         self.embed = ops.conv2d(config.latent_channels, dim, **shape, **where)
         self.visual = ops.conv2d(config.feature_dim, dim, bias=False, **shape, **where)
-        self.fading = (
-            ops.conv2d(config.feature_dim, dim, bias=False, **shape, **where) if config.memory_fades else None
-        )
         self.compared = self.distance = None
         if config.memory_compares:
             self.compared = ops.conv2d(config.latent_channels, dim, bias=False, **shape, **where)
@@ -80,20 +77,16 @@ class Memory(nn.Module):
         features, estimate: of the picture; only a memory that compares has a use for its estimated latents.
         """
         grid = self.embed(padded(z, CELL))
-        share = rearrange(1 - t, "b -> b 1 1 1")
         if features is not None:
-            features = padded(features, CELL)
-            grid = grid + self.visual(features)
-            if self.fading is not None:
-                grid = grid + share.to(grid) * self.fading(features)
+            grid = grid + self.visual(padded(features, CELL))
         apart: Tensor | None = None
         if self.compared is not None and self.distance is not None and estimate is not None:
-            faded = share.to(z) * estimate
+            faded = rearrange(1 - t, "b -> b 1 1 1").to(z) * estimate
             grid = grid + self.compared(padded(faded, CELL))
             # a sample without a picture has an estimate of zeros, from which nothing is far or near
             steps = _distance_steps(z, faded, t) * estimate.flatten(1).any(dim=1)[:, None, None]
             apart = self.distance(steps.to(z.dtype)).float()
-        tokens: Tensor = rearrange(grid, "b d h w -> b (h w) d").float()
+        tokens: Tensor = rearrange(grid, "b d h w -> b (h w) d").float().contiguous()
         if apart is not None:
             tokens = tokens + apart
         places = position_features(memory_grid(*z.shape[-2:]), tokens.shape[-1], _REFERENCE, z.device)

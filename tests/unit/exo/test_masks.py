@@ -58,7 +58,7 @@ def test_preserving_leads_to_the_clean_latents_where_the_mask_is_0() -> None:
 
 @pytest.mark.parametrize(
     ("levels", "expected"),
-    [([1.0, 0.6, 0.49, 0.2], 0.49), ([1.0, 0.8, 0.6], 0.6), ([0.3], 0.3)],
+    [([1.0, 0.6, 0.29, 0.2], 0.29), ([1.0, 0.8, 0.4], 0.4), ([0.3], 0.3)],
 )
 def test_masks_count_late_and_at_least_in_the_last_step(levels: list[float], expected: float) -> None:
     assert late_level(levels) == pytest.approx(expected)

@@ -176,17 +176,18 @@ def test_guidance_one_equals_the_conditional_branch(pipeline: ExoPipeline) -> No
 
 
 def test_masks_are_of_the_prompt_and_of_late_steps(pipeline: ExoPipeline) -> None:
-    """By hand: the mean over the steps below level 0.5 of the branch with the prompt."""
+    """By hand: the mean over the steps below the level LATE of the branch with the prompt."""
+    from flowcore.exo.masks import LATE
     from flowcore.exo.trace import Trace
 
-    settings = replace(SETTINGS, num_steps=12)
+    settings = replace(SETTINGS, num_steps=20)
     trace = Trace(pipeline.device)
     pipeline.sample_refined(PROMPTS[:1], [1], pipeline.sized(settings), trace=trace)
     assert [round(level, 3) for level, *_ in trace.calls] == [
-        round(level, 3) for level in sigma_grid(12, 3.0).tolist()[:-1]
+        round(level, 3) for level in sigma_grid(20, 3.0).tolist()[:-1]
     ]
     info = trace.infos((4, 8), 8, [1], PROMPTS[:1])[0]
-    late = [masks[0, -1] for level, masks, _ in trace.calls if level < 0.5]
+    late = [masks[0, -1] for level, masks, _ in trace.calls if level < LATE]
     assert len(late) == 2
     assert_close(info.mask[0].flatten(), torch.stack(late).mean(dim=0), limit=1e-6)
     assert_close(info.mask[0], info.iteration_masks[-1], limit=1e-6)

@@ -21,7 +21,7 @@ train.stages train.stages.name train.stages.steps train.stages.epochs train.stag
 train.stages.optimizer train.stages.schedule
 train.exo train.exo.task train.exo.iterations train.exo.diffusion train.exo.edit train.exo.perceptual
 train.exo.sparsity train.exo.labels train.exo.source train.exo.rewrite train.exo.words train.exo.features
-train.exo.plain_edits train.exo.gradient
+train.exo.plain_edits train.exo.gradient train.exo.edits
 train.timesteps train.timesteps.law train.timesteps.mean train.timesteps.std train.timesteps.shift
 optimizer optimizer.name optimizer.lr optimizer.rule optimizer.weight_decay optimizer.betas
 optimizer.groups optimizer.groups.pattern optimizer.groups.name optimizer.groups.lr optimizer.groups.rule

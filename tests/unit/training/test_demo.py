@@ -69,17 +69,17 @@ def test_exo_learns_from_scenes_and_edits_in_its_stages(tmp_path: Path) -> None:
     from training.state import read_checkpoint
 
     tiny = ("model.preset=tiny", "train.batch_size=2", "sampling.every_steps=0", "checkpoint.every_steps=1")
-    short = [(f"train.stages.{n}.steps=1", f"train.stages.{n}.train.batch_size=2") for n in range(8)]
+    short = [(f"train.stages.{n}.steps=1", f"train.stages.{n}.train.batch_size=2") for n in range(9)]
     changes = [part for key in (*tiny, *chain(*short)) for part in ("--set", key)]
     assert demo.main(["model", "--arch", "exo", "--out", str(tmp_path), *changes]) == 0
     assert len(list((tmp_path / "scenes" / "edits").glob("*.source.png"))) == 8
-    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000008").facts["stage"] == 7
+    assert read_checkpoint(tmp_path / "exo" / "checkpoints" / "step-00000009").facts["stage"] == 8
     with safe_open(tmp_path / "exo-demo" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["flowcore.vae"] == "scenes-vae"
     assert json.loads(metadata["exo.vae"]) == {"family": "tiny", "repo": "scenes-vae", "subfolder": ""}
     assert json.loads(metadata["exo.training"]) == {
-        "stage": "masks", "step": 8, "data": ["one", "two", "edits"], "iterations": [1, 4],
+        "stage": "masks", "step": 9, "data": ["one", "two", "edits"], "iterations": [1, 4],
     }  # fmt: skip
     assert metadata["flowcore.shift"] == "3.0"
     assert "flowcore.text_encoder" not in metadata

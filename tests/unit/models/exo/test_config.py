@@ -95,7 +95,6 @@ def test_words_are_kept_in_the_file_and_checked() -> None:
         {"num_queries": 0, "lora_rank": 4},
         {"edit_depth": 3, "diffusion_depth": 1},
         {"projector_upscale": 4, "feature_dim": 12},
-        {"memory_fades": True},
         {"memory_compares": True},
     ],
 )

@@ -220,6 +220,17 @@ def test_masks_and_rewriting_need_edits(tmp_path: Path, task: str) -> None:
         objective(tmp_path, {"exo": {"task": task}})
 
 
+def test_velocity_can_be_learned_without_edits(tmp_path: Path) -> None:
+    made = objective(tmp_path, weights(diffusion=1.0, edits=False))
+    assert not any(made._is_edit(made.draw(step, BATCH)) for step in range(20))
+    pictures = tmp_path / "images"
+    for plain in set(pictures.glob("??.png")) - {pictures / f"{n:02d}.png" for n in (1, 3, 5)}:
+        plain.unlink()
+        plain.with_suffix(".txt").unlink()
+    with pytest.raises(ConfigError, match=r"train\.exo\.edits must be true for datasets of edits alone"):
+        objective(tmp_path, weights(diffusion=1.0, edits=False))
+
+
 def test_the_source_is_learned_beside_the_velocity_where_it_is_asked_for(tmp_path: Path) -> None:
     for weight in (0.0, 0.5):
         made = objective(tmp_path, weights(source=weight))
