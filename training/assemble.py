@@ -179,6 +179,8 @@ def build_objective(
 ) -> FlowMatchingObjective:
     """The objective with all samples encoded (or found in the cache)."""
     config, architecture = prepared.config, prepared.architecture
+    if config.train.compile:
+        _check_compiler(device)
     model = build_model(prepared)
     channels = architecture.latent_channels(prepared.model_config)
     images = image_encoder(config.encoders.vae, channels, architecture.latent_spec, device)
@@ -203,6 +205,21 @@ def build_objective(
         else:
             model.compile()
     return objective
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raises: ConfigError where compiled code needs a C++ compiler and there is none."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        if device.type == "cpu":
+            get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError) as err:
+        raise ConfigError(
+            "train.compile must be false on a CPU without a C++ compiler, got true; install one (g++, "
+            "clang++ or MSVC) or set it to false"
+        ) from err
 
 
 def encode_samples(

@@ -344,13 +344,13 @@ def test_without_changes_the_prompt_takes_no_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_blocks_learn_as_they_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = objective(tmp_path, {"batch_size": 4}).loss(0, BATCH)
-    traced: list[int] = []
+    plain, traced = objective(tmp_path, {"batch_size": 4}).loss(0, BATCH), list[int]()
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
         traced.append(len(graph.graph.nodes))
         return graph.forward
 
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "c++")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     made = objective(tmp_path, {"batch_size": 4, "compile": True})
     assert not traced

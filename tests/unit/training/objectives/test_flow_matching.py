@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowcore.conditioning import Conditioning
+from flowcore.errors import ConfigError
 from tests.unit.training.workspace import SIZES, run_config, write_images
 from training.assemble import build_objective, prepare
 from training.objectives.flow_matching import FlowMatchingObjective
@@ -182,8 +183,15 @@ def test_a_compiled_model_is_what_is_trained(tmp_path: Path, monkeypatch: pytest
         return run
 
     plain = objective(tmp_path).loss(0, slice(0, 4))
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "c++")
     monkeypatch.setattr(torch, "compile", compiled)
     made = objective(tmp_path, train={"steps": 1, "batch_size": 4, "compile": True})
     assert not calls
     assert torch.equal(made.loss(0, slice(0, 4)), plain)
     assert len(calls) == 1
+
+
+def test_compiling_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    with pytest.raises(ConfigError, match=r"train\.compile must be false on a CPU without a C\+\+ compiler"):
+        objective(tmp_path, train={"steps": 1, "batch_size": 4, "compile": True})
