@@ -11,7 +11,7 @@ from ..models.exo.grids import CELL
 
 MODES = ("bilinear", "nearest")
 LATE = 0.3
-"""Level below which masks count for a picture: edits show late."""
+"""Level below which masks count for a picture, and from which on the rest is kept: edits show late."""
 _LOW, _RANGE = 0.2, 0.4
 _CLOSE = 1e-6
 

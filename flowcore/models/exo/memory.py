@@ -86,7 +86,7 @@ class Memory(nn.Module):
             # a sample without a picture has an estimate of zeros, from which nothing is far or near
             steps = _distance_steps(z, faded, t) * estimate.flatten(1).any(dim=1)[:, None, None]
             apart = self.distance(steps.to(z.dtype)).float()
-        tokens: Tensor = rearrange(grid, "b d h w -> b (h w) d").float().contiguous()
+        tokens: Tensor = rearrange(grid, "b d h w -> b (h w) d").float()
         if apart is not None:
             tokens = tokens + apart
         places = position_features(memory_grid(*z.shape[-2:]), tokens.shape[-1], _REFERENCE, z.device)
