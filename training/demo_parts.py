@@ -254,7 +254,7 @@ def _gemma_settings(options: dict[str, float], vocab_size: int) -> dict[str, Any
 
 
 def make_model(request: Request, stop: StopFlag) -> bool:
-    """Trains the demo's flow model and writes its weights, averaged if the run does so, to `out/<arch>-demo/`."""
+    """Trains the demo's flow model and writes its weights, averaged if the run is, to `out/<arch>-demo/`."""
     from training.assemble import build_objective, prepare, save_weights, write_final, write_first_batch
     from training.scenes import captions_held_out
 
